@@ -1,0 +1,54 @@
+"""Which communicator a user means: a raw mpi4py one, ours, or the whole world."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from arraynorm.distributed._communicator import SELF
+from arraynorm.distributed.mpi import MPICommunicator, is_mpi4py
+from arraynorm.typing import Communicator
+
+# What launchers say of the number of ranks: Open MPI, MPICH and Intel MPI (PMI), MVAPICH, Slurm's srun.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def as_communicator(comm: Any) -> Communicator | None:
+    """`comm` as an `arraynorm.typing.Communicator`: a raw mpi4py communicator is wrapped, None stays None."""
+    if comm is None or isinstance(comm, Communicator):
+        return comm
+    if is_mpi4py(comm):
+        return MPICommunicator(comm)
+    raise TypeError(
+        f"comm must be None, a communicator of arraynorm.distributed or an mpi4py one, got {type(comm).__qualname__}"
+    )
+
+
+@functools.cache
+def world() -> Communicator:
+    """All ranks: MPI's world where mpi4py is installed, else this rank, if no launcher says that there are more.
+
+    Raises
+    ------
+    RuntimeError
+        A launcher started several ranks, and mpi4py is not installed.
+    """
+    if importlib.util.find_spec("mpi4py") is not None:
+        from mpi4py import MPI
+
+        return MPICommunicator(MPI.COMM_WORLD)
+    size = launched_ranks(os.environ)
+    if size > 1:
+        raise RuntimeError(
+            f"SyncBatchNorm: the launcher started {size} ranks, but mpi4py is not installed, so that they cannot "
+            "share statistics; pip install arraynorm[mpi]"
+        )
+    return SELF
+
+
+def launched_ranks(environment: Mapping[str, str]) -> int:
+    """The number of ranks that a launcher announced in the environment; 1 without a launcher."""
+    return max((int(environment[name]) for name in _SIZE_VARIABLES if environment.get(name, "").isdigit()), default=1)
