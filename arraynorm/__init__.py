@@ -1,0 +1,14 @@
+"""arraynorm: every normalization layer, forward and backward, on plain arrays.
+
+`arraynorm.layers` are objects with parameters and running statistics, `arraynorm.functional` pure functions (both are
+also here); `arraynorm.distributed` shares batch statistics over ranks; `arraynorm.testing` checks gradients.
+"""
+
+from importlib.metadata import version
+
+from arraynorm import distributed, functional, layers, testing, typing
+from arraynorm.functional import *  # noqa: F403
+from arraynorm.layers import *  # noqa: F403
+
+__version__ = version("arraynorm")
+__all__ = ["distributed", "functional", "layers", "testing", "typing", *functional.__all__, *layers.__all__]

@@ -1,0 +1,75 @@
+"""What the layers with a communicator share: which one it is, and what it knows of the layer."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from arraynorm import _fields, distributed
+from arraynorm.layers.module import Module
+from arraynorm.typing import Array, Communicator
+
+
+class _Lost:
+    """Stands where a layer had a communicator before it was pickled."""
+
+
+class SynchronizedModule(Module):
+    """A module with a `comm`: a communicator, a raw mpi4py one (wrapped once), or None for the whole world."""
+
+    _comm: Communicator | _Lost | None
+
+    @property
+    def comm(self) -> Any:
+        """The ranks that share their statistics; None is the whole world, found at the first training forward."""
+        return None if isinstance(self._comm, _Lost) else self._comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        object.__setattr__(self, "_comm", distributed.as_communicator(comm))
+
+    def _collective(self) -> Communicator | None:
+        """The communicator of a training forward; None in eval, which never communicates, and for one rank."""
+        if not self.training:
+            return None
+        if isinstance(self._comm, _Lost):
+            raise RuntimeError(
+                f"{type(self).__name__}: the communicator was lost when the layer was pickled; set layer.comm"
+            )
+        comm = distributed.world() if self._comm is None else self._comm
+        return _LayerCommunicator(comm, self) if comm.size > 1 else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        keeps = self._comm is None or self._comm is distributed.SELF
+        return {**super().__getstate__(), "_comm": self._comm if keeps else _Lost()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self._comm)] = self._comm  # by reference: it stands for processes, not for data
+        return super().__deepcopy__(memo)
+
+
+class _LayerCommunicator:
+    """A communicator whose agreement rounds also compare the layers that meet in them."""
+
+    def __init__(self, comm: Communicator, layer: Module) -> None:
+        self._comm = comm
+        momentum = getattr(layer, "momentum", None)
+        self._fields = _fields.pack(
+            {"layer": type(layer).__name__, "momentum": "cumulative" if momentum is None else float(momentum)}
+        )
+
+    @property
+    def rank(self) -> int:
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        return self._comm.size
+
+    def agree(self, fields: bytes, error: Exception | None = None) -> None:
+        self._comm.agree(self._fields + fields, error)
+
+    def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
+        return self._comm.merge_moments(n, mean, m2)
+
+    def allreduce_sum(self, a: Array) -> Array:
+        return self._comm.allreduce_sum(a)

@@ -1,0 +1,144 @@
+"""Instance norm layers."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from arraynorm import _check
+from arraynorm.functional.batch_norm import (
+    FrozenBatchNormCache,
+    batch_norm_frozen_backward,
+    batch_norm_frozen_forward,
+)
+from arraynorm.functional.instance_norm import instance_norm_backward, instance_norm_forward
+from arraynorm.layers._running_stats import RunningStatsModule
+from arraynorm.typing import Array
+
+
+class _InstanceNorm(RunningStatsModule):
+    """Instance norm: statistics per sample and channel, from the input or, in eval with tracking, running ones.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the size of the channel axis.
+    eps : float
+        Added to the **biased** variance; >= 0.
+    momentum : float or None
+        Weight of the newest batch; None is the exact cumulative mean.
+    affine : bool
+        Whether there is a weight (ones) and, with `bias`, a bias (zeros). False by default, as in torch.
+    track_running_stats : bool
+        Whether running statistics are kept and used in eval. False by default. The running mean averages the
+        instances' means, the running variance their **unbiased** variances.
+    bias : bool
+    axis : int
+        The channel axis of a batch, not 0.
+    xp, device, dtype : optional
+        Of parameters and buffers, as for `BatchNorm`.
+
+    Raises
+    ------
+    ValueError
+        From a call: a wrong rank or number of channels (torch only warns without affine); one spatial element.
+    TypeError, RuntimeError
+        As for `BatchNorm`.
+
+    Notes
+    -----
+    An input without the batch axis is a batch of one. `num_batches_tracked` counts, and `momentum=None` works (torch
+    never counts here). With tracking switched off after construction, eval uses the input's statistics and leaves the
+    buffers alone (torch moves them).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        xp: ModuleType | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            bias=bias,
+            axis=axis,
+            xp=xp,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Array) -> Array:
+        """y, in x's shape and dtype."""
+        self._check_input(x)
+        unbatched = self._is_unbatched(x)
+        batch = x[None, ...] if unbatched else x
+        has_running_stats = self._has_running_stats() and self.track_running_stats
+        if has_running_stats:
+            self._check_running_stats(x)
+        if has_running_stats and not self.training:
+            y, frozen_cache = batch_norm_frozen_forward(
+                batch, self.running_mean, self.running_var, self.weight, self.bias, axis=self.axis, eps=self.eps
+            )
+            self.keep(frozen_cache)
+        else:
+            y, cache = instance_norm_forward(batch, self.weight, self.bias, axis=self.axis, eps=self.eps)
+            if has_running_stats:
+                self._update_running_stats(cache)
+            self.keep(cache)
+        return y[0, ...] if unbatched else y
+
+    def backward(self, dy: Array) -> Array:
+        """dx; adds to `grads["weight"]` and `grads["bias"]`."""
+        frozen = isinstance(self.kept(), FrozenBatchNormCache)
+        _check.floating(type(self).__name__, "dy", dy)
+        unbatched = self._is_unbatched(dy)
+        backward = batch_norm_frozen_backward if frozen else instance_norm_backward
+        dx = self._backward(backward, dy[None, ...] if unbatched else dy).dx
+        return dx[0, ...] if unbatched else dx
+
+    def _is_unbatched(self, x: Array) -> bool:
+        return bool(x.ndim == self._ndims[0])
+
+    def _check_input(self, x: Array) -> None:
+        name = type(self).__name__
+        _check.input_array(name, "x", x)
+        _check.ndim_in(x, self._ndims)
+        if not self._is_unbatched(x):
+            self._check_channels(x, _check.channel_axis(name, x, self.axis, first=1))
+        else:  # `axis` speaks of a batch
+            self._check_channels(x, _check.channel_axis(name, x[None, ...], self.axis, first=1) - 1)
+
+
+class InstanceNorm1d(_InstanceNorm):
+    """Instance norm for inputs (N, C, L) and, unbatched, (C, L)."""
+
+    _ndims = (2, 3)
+
+
+class InstanceNorm2d(_InstanceNorm):
+    """Instance norm for inputs (N, C, H, W) and, unbatched, (C, H, W)."""
+
+    _ndims = (3, 4)
+
+
+class InstanceNorm3d(_InstanceNorm):
+    """Instance norm for inputs (N, C, D, H, W) and, unbatched, (C, D, H, W)."""
+
+    _ndims = (4, 5)
+
+
+for _class in (InstanceNorm1d, InstanceNorm2d, InstanceNorm3d):
+    _class.__doc__ = f"{_class.__doc__}\n{(_InstanceNorm.__doc__ or '').partition(chr(10))[2]}"
+del _class
