@@ -64,7 +64,7 @@ def load(root: Module, state_dict: Mapping[str, Array], strict: bool) -> Incompa
 
 
 def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
-    """A fault or None, and `value` as an array of target's library."""
+    """A fault or None, and a copy of `value` in target's library: it may be another array of the same module."""
     try:
         _check.array("load_state_dict", key, value)
     except TypeError as error:
@@ -77,7 +77,8 @@ def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
         )
     if not _array.is_real(value):
         return f"load_state_dict: {key} must hold real numbers, got dtype {value.dtype}. ", None
-    return None, _array.move(value, _array.array_namespace(target), _array.device(target))
+    xp = _array.array_namespace(target)
+    return None, xp.asarray(_array.move(value, xp, _array.device(target)), copy=True)
 
 
 def _quoted(keys: list[str]) -> str:
