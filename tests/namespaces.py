@@ -1,0 +1,64 @@
+"""The array libraries that the tests run over: each is one value of the `xp` fixture."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import array_api_strict
+import ml_dtypes
+import numpy as np
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+class Namespace(NamedTuple):
+    """How to make arrays of one library, and what it can hold."""
+
+    name: str
+    module: ModuleType
+    dtypes: tuple[str, ...] = DTYPES
+    read_only: bool = False
+
+    def dtype(self, name: str) -> Any:
+        """The library's dtype of this name."""
+        return ml_dtypes.bfloat16 if name == "bfloat16" else getattr(self.module, name)
+
+    def asarray(self, values: Any, dtype: str | None = None) -> Any:
+        """An array of its own memory; `dtype` is that of `values` unless given."""
+        values = np.array(values)
+        if dtype is not None:
+            values = values.astype(numpy_dtype(dtype))
+        array = self.module.asarray(values)
+        if self.read_only:
+            array.flags.writeable = False
+        return array
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of this name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def to_numpy(array: Any) -> np.ndarray[Any, Any]:
+    """The values of an array of any of the libraries."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def _cupy() -> ModuleType | None:
+    """CuPy, where there is a device for it."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        return None
+    return cupy if cupy.cuda.is_available() else None
+
+
+NUMPY = Namespace("numpy", np)
+READ_ONLY_NUMPY = Namespace("read-only numpy", np, read_only=True)
+STRICT = Namespace("array-api-strict", array_api_strict, DTYPES[:2])
+NAMESPACES = [NUMPY, READ_ONLY_NUMPY, STRICT]
+
+if (cupy := _cupy()) is not None:
+    NAMESPACES.append(Namespace("cupy", cupy))
