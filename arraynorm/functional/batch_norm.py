@@ -7,13 +7,21 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._agreement import agreement
+from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._statistics import (
+    batch_statistics,
+    check_forward,
+    check_statistics,
+    forward_fields,
+    frozen_statistics,
+    global_means,
+)
 from arraynorm.kernels.reference._moments import reciprocal_std
 from arraynorm.kernels.reference.batch_norm import (
     batch_norm_apply,
     batch_norm_backward_apply,
     batch_norm_backward_reduce,
     batch_norm_frozen_backward_apply,
-    batch_norm_stats,
 )
 from arraynorm.typing import AffineGradients, Array, Communicator
 
@@ -313,83 +321,3 @@ def _frozen_forward(
     x3 = _array.array_namespace(x).reshape(x, shape)
     y = batch_norm_apply(x3, mean, rstd, weight, bias, view)
     return _array.deliver(y, x.shape, out, view), FrozenBatchNormCache(x, weight, bias, mean, rstd, axis)
-
-
-# -- shared with batch_norm_add_relu ---------------------------------------------------------------------------
-
-
-def check_forward(
-    function: str, x: Array, weight: Array | None, bias: Array | None, axis: int, eps: float
-) -> tuple[int, float]:
-    """The checks of every batch norm's forward; axis and eps as they will be used."""
-    _check.input_array(function, "x", x)
-    _check.min_ndim(x, 2)
-    axis = _check.channel_axis(function, x, axis)
-    _check.companion(function, x, "weight", weight, (x.shape[axis],))
-    _check.companion(function, x, "bias", bias, (x.shape[axis],))
-    return axis, _check.epsilon(function, eps)
-
-
-def check_statistics(function: str, x: Array, mean: Array, var: Array, axis: int) -> None:
-    for name, value in (("mean", mean), ("var", var)):
-        _check.floating(function, name, value)
-        _check.companion(function, x, name, value, (x.shape[axis],))
-
-
-def check_backward(function: str, dy: Array, x: Array, out: Array | None, *, needed: tuple[Array | None, ...]) -> None:
-    """The checks of every backward: dy fits x, and `out` can take dx without spoiling what is `needed`."""
-    _check.floating(function, "dy", dy)
-    _check.companion(function, x, "dy", dy, tuple(x.shape))
-    _check.output(function, "out", out, x, apart_from=needed, may_be=(dy,))
-
-
-def forward_fields(
-    function: str, x: Array, weight: Array | None, bias: Array | None, axis: int, eps: float, keep: bool
-) -> dict[str, str | int | float]:
-    """What must be equal on all ranks. Batch and spatial sizes are not in it."""
-    return {
-        "operation": function,
-        "channels": x.shape[axis],
-        "dtype": _array.dtype_name(x.dtype),
-        "ndim": x.ndim,
-        "eps": eps,
-        "weight": weight is not None,
-        "bias": bias is not None,
-        "cache": keep,
-    }
-
-
-def batch_statistics(x3: Array, shape: tuple[int, ...], comm: Communicator | None) -> tuple[Array, Array, int]:
-    """Mean, biased variance and count per channel of x3 (N, C, S), over all ranks."""
-    count = x3.shape[0] * x3.shape[2]
-    mean, m2 = batch_norm_stats(x3)
-    if comm is not None:
-        count, mean, m2 = comm.merge_moments(count, mean, m2)
-    _check.more_than_one_value(count, shape, 1 if comm is None else comm.size)
-    return mean, m2 / max(count, 1), count
-
-
-def frozen_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array]:
-    """Mean and rstd in float64, in arrays of their own: the caller may update running statistics in place."""
-    xp = _array.array_namespace(mean)
-    return xp.astype(mean, xp.float64, copy=True), reciprocal_std(_array.widen(var), eps)
-
-
-def global_means(sums: tuple[Array, Array], count: int, comm: Communicator | None) -> tuple[Array, Array]:
-    """The two means of batch norm's backward, over all ranks: one message."""
-    sum_dy, sum_dy_x_hat = sums
-    if comm is not None:
-        total = comm.allreduce_sum(_array.array_namespace(sum_dy).stack(sums))
-        sum_dy, sum_dy_x_hat = total[0, :], total[1, :]
-    return sum_dy / max(count, 1), sum_dy_x_hat / max(count, 1)
-
-
-def parameter_gradients(
-    sums: tuple[Array, Array], x: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array | None, Array | None]:
-    """dweight and dbias from (sum of dy, sum of dy * x_hat), in the computation dtype; None where there is none."""
-    sum_dy, sum_dy_x_hat = sums
-    dtype = _array.widest_dtype(x, weight, bias)
-    dweight = None if weight is None else _array.store(sum_dy_x_hat, dtype, None)
-    dbias = None if bias is None else _array.store(sum_dy, dtype, None)
-    return dweight, dbias

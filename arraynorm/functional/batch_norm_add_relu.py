@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._agreement import agreement
-from arraynorm.functional.batch_norm import (
+from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._statistics import (
     batch_statistics,
-    check_backward,
     check_forward,
     check_statistics,
     forward_fields,
     frozen_statistics,
     global_means,
-    parameter_gradients,
 )
 from arraynorm.kernels.reference._moments import reciprocal_std
 from arraynorm.kernels.reference.batch_norm_add_relu import (

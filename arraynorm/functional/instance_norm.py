@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from arraynorm import _array, _check
-from arraynorm.functional.batch_norm import check_backward, parameter_gradients
+from arraynorm.functional._backward import check_backward, parameter_gradients
 from arraynorm.functional.group_norm import check_forward
 from arraynorm.kernels.reference.instance_norm import instance_norm_backward as backward_kernel
 from arraynorm.kernels.reference.instance_norm import instance_norm_forward as forward_kernel

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from arraynorm import _array, _check
-from arraynorm.functional.batch_norm import check_backward, parameter_gradients
+from arraynorm.functional._backward import check_backward, parameter_gradients
 from arraynorm.kernels.reference.layer_norm import layer_norm_backward as backward_kernel
 from arraynorm.kernels.reference.layer_norm import layer_norm_forward as forward_kernel
 from arraynorm.typing import AffineGradients, Array

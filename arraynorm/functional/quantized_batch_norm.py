@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arraynorm import _array, _check
-from arraynorm.functional.batch_norm import check_statistics
+from arraynorm.functional._statistics import check_statistics
 from arraynorm.kernels import Kernel
 from arraynorm.kernels.reference import quantized_batch_norm as kernels
 from arraynorm.typing import Array

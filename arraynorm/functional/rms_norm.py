@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from arraynorm import _array, _check
-from arraynorm.functional.batch_norm import check_backward, parameter_gradients
+from arraynorm.functional._backward import check_backward, parameter_gradients
 from arraynorm.functional.layer_norm import check_rows
 from arraynorm.kernels.reference.rms_norm import rms_norm_backward as backward_kernel
 from arraynorm.kernels.reference.rms_norm import rms_norm_forward as forward_kernel
