@@ -52,9 +52,9 @@ def load(root: Module, state_dict: Mapping[str, Array], strict: bool) -> Incompa
             planned.append((module, name, value))
     unexpected = [key for key in state if key not in expected]
     if strict and unexpected:
-        errors.insert(0, f"Unexpected key(s) in state_dict: {_quoted(unexpected)}. ")
+        errors.insert(0, f"Unexpected key(s) in state_dict: {quoted(unexpected)}. ")
     if strict and missing:
-        errors.insert(0, f"Missing key(s) in state_dict: {_quoted(missing)}. ")
+        errors.insert(0, f"Missing key(s) in state_dict: {quoted(missing)}. ")
     if errors:
         faults = "\n\t".join(errors)
         raise RuntimeError(f"Error(s) in loading state_dict for {type(root).__name__}:\n\t{faults}")
@@ -81,5 +81,6 @@ def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
     return None, xp.asarray(_array.move(value, xp, _array.device(target)), copy=True)
 
 
-def _quoted(keys: list[str]) -> str:
-    return ", ".join(f'"{key}"' for key in keys)
+def quoted(keys: list[str], separator: str = ", ") -> str:
+    """'"weight", "bias"'."""
+    return separator.join(f'"{key}"' for key in keys)

@@ -50,12 +50,8 @@ class SynchronizedModule(Module):
 class _LayerCommunicator:
     """A communicator whose agreement rounds also compare the layers that meet in them."""
 
-    def __init__(self, comm: Communicator, layer: Module) -> None:
-        self._comm = comm
-        momentum = getattr(layer, "momentum", None)
-        self._fields = _fields.pack(
-            {"layer": type(layer).__name__, "momentum": "cumulative" if momentum is None else float(momentum)}
-        )
+    def __init__(self, comm: Communicator, layer: Any) -> None:
+        self._comm, self._layer = comm, layer
 
     @property
     def rank(self) -> int:
@@ -66,7 +62,15 @@ class _LayerCommunicator:
         return self._comm.size
 
     def agree(self, fields: bytes, error: Exception | None = None) -> None:
-        self._comm.agree(self._fields + fields, error)
+        # what a refused call says may be the very thing that was refused
+        self._comm.agree(fields if error is not None else self._identity() + fields, error)
+
+    def _identity(self) -> bytes:
+        fields: dict[str, _fields.Field] = {"layer": type(self._layer).__name__}
+        if self._layer._moves_running_stats():
+            momentum = self._layer.momentum
+            fields["momentum"] = "cumulative" if momentum is None else float(momentum)
+        return _fields.pack(fields)
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         return self._comm.merge_moments(n, mean, m2)

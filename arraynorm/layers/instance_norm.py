@@ -12,7 +12,8 @@ from arraynorm.functional.batch_norm import (
     batch_norm_frozen_forward,
 )
 from arraynorm.functional.instance_norm import instance_norm_backward, instance_norm_forward
-from arraynorm.layers._running_stats import RunningStatsModule
+from arraynorm.layers import _state
+from arraynorm.layers._running_stats import RUNNING_STATS, RunningStatsModule
 from arraynorm.typing import Array
 
 
@@ -110,6 +111,21 @@ class _InstanceNorm(RunningStatsModule):
 
     def _is_unbatched(self, x: Array) -> bool:
         return bool(x.ndim == self._ndims[0])
+
+    def _migrate_state(self, state: dict[str, Array], prefix: str, version: int | None, errors: list[str]) -> None:
+        super()._migrate_state(state, prefix, version, errors)
+        keys = [prefix + name for name in RUNNING_STATS if prefix + name in state]
+        if version is None and not self.track_running_stats and keys:
+            name = type(self).__name__
+            errors.append(
+                f"Unexpected running stats buffer(s) {_state.quoted(keys, ' and ')} for {name} with "
+                "track_running_stats=False. If state_dict is a checkpoint saved before 0.4.0, this may be expected "
+                f"because {name} does not track running stats by default since 0.4.0. Please remove these keys from "
+                "state_dict. If the running stats are actually needed, instead set track_running_stats=True in "
+                f"{name} to enable them. See the documentation of {name} for details."
+            )
+            for key in keys:
+                del state[key]
 
     def _check_input(self, x: Array) -> None:
         name = type(self).__name__
