@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, Self
 
 from arraynorm import _fields, distributed
@@ -69,7 +70,7 @@ class _LayerCommunicator:
         fields: dict[str, _fields.Field] = {"layer": type(self._layer).__name__}
         if self._layer._moves_running_stats():
             momentum = self._layer.momentum
-            fields["momentum"] = "cumulative" if momentum is None else float(momentum)
+            fields["momentum"] = float(momentum) if isinstance(momentum, numbers.Real) else "cumulative"
         return _fields.pack(fields)
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
