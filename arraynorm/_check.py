@@ -227,7 +227,7 @@ def more_than_one_spatial_element(spatial: int, shape: tuple[int, ...]) -> None:
 
 def communicator(function: str, comm: object) -> None:
     """None or an `arraynorm.typing.Communicator`; a raw mpi4py object has to be wrapped."""
-    if comm is not None and not isinstance(comm, Communicator):
+    if comm is not None and (_array.library(comm) == "mpi4py" or not isinstance(comm, Communicator)):
         raise TypeError(
             f"{function}: comm must be None or a communicator, got {type(comm).__qualname__}; "
             "wrap an mpi4py one as arraynorm.distributed.MPICommunicator(comm)"

@@ -18,10 +18,10 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "S
 
 def as_communicator(comm: Any) -> Communicator | None:
     """`comm` as an `arraynorm.typing.Communicator`: a raw mpi4py communicator is wrapped, None stays None."""
+    if is_mpi4py(comm):  # asked first: the protocol's check looks at comm.size, which raises for COMM_NULL
+        return MPICommunicator(comm)
     if comm is None or isinstance(comm, Communicator):
         return comm
-    if is_mpi4py(comm):
-        return MPICommunicator(comm)
     raise TypeError(
         f"comm must be None, a communicator of arraynorm.distributed or an mpi4py one, got {type(comm).__qualname__}"
     )

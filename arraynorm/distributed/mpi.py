@@ -31,9 +31,9 @@ class MPICommunicator(HostCommunicator):
     """
 
     def __init__(self, comm: Any) -> None:
-        if not is_mpi4py(comm) or not hasattr(comm, "Allgather"):
+        if not _is_group_of_ranks(comm):
             raise TypeError(
-                f"MPICommunicator: comm must be an mpi4py intracommunicator, got {type(comm).__qualname__} "
+                f"MPICommunicator: comm must be an mpi4py intracommunicator, got {comm!r} "
                 "(pip install arraynorm[mpi] for mpi4py)"
             )
         self._comm = _duplicate(comm)
@@ -57,6 +57,15 @@ class MPICommunicator(HostCommunicator):
 
     def __repr__(self) -> str:
         return f"MPICommunicator(rank {self.rank} of {self.size})"
+
+
+def _is_group_of_ranks(comm: Any) -> bool:
+    """Whether `comm` is an mpi4py intracommunicator, and not the null one that Split gives to whom it leaves out."""
+    if not is_mpi4py(comm):
+        return False
+    from mpi4py import MPI
+
+    return isinstance(comm, MPI.Intracomm) and comm != MPI.COMM_NULL
 
 
 _keyvals: list[int] = []

@@ -119,13 +119,14 @@ def run_ranks(
         raise ValueError(f"run_ranks: n must be >= 1, got {n}")
     group = ThreadGroup(n, timeout)
     outcomes: list[T | BaseException] = [RuntimeError("never started")] * n
+    raised: dict[int, BaseException] = {}
 
     def run(rank: int) -> None:
         try:
             outcomes[rank] = function(ThreadCommunicator(group, rank))
             group.leave(rank, "has returned")
         except BaseException as error:  # handed to the caller, whatever it is
-            outcomes[rank] = error
+            outcomes[rank] = raised[rank] = error
             group.leave(rank, f"raised {type(error).__name__}: {error}")
 
     # Each thread sees the caller's context (no_grad, kernels.only), as a rank of its own would.
@@ -134,7 +135,7 @@ def run_ranks(
         thread.start()
     for thread in threads:
         thread.join()
-    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    errors = [error for _, error in sorted(raised.items())]  # not what a function may have returned
     if errors and not return_exceptions:
         raise next((error for error in errors if not isinstance(error, PeerLeftError)), errors[0])
     return outcomes

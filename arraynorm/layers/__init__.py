@@ -5,7 +5,7 @@ from arraynorm.layers.fused_batch_norm import FusedBatchNorm, FusedBatchNorm1d, 
 from arraynorm.layers.group_norm import GroupNorm
 from arraynorm.layers.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from arraynorm.layers.layer_norm import LayerNorm
-from arraynorm.layers.module import Module, Sequential, no_grad
+from arraynorm.layers.module import Module, no_grad
 from arraynorm.layers.quantized_batch_norm import (
     QuantizedBatchNorm2d,
     QuantizedBatchNorm3d,
@@ -13,6 +13,7 @@ from arraynorm.layers.quantized_batch_norm import (
     QuantizedBNReLU3d,
 )
 from arraynorm.layers.rms_norm import RMSNorm
+from arraynorm.layers.sequential import Sequential
 from arraynorm.layers.sync_batch_norm import SyncBatchNorm, revert_sync_batchnorm
 
 __all__ = [

@@ -52,7 +52,12 @@ class _LayerCommunicator:
     """A communicator whose agreement rounds also compare the layers that meet in them."""
 
     def __init__(self, comm: Communicator, layer: Any) -> None:
-        self._comm, self._layer = comm, layer
+        self._comm = comm
+        fields: dict[str, _fields.Field] = {"layer": type(layer).__name__}
+        if layer._moves_running_stats():
+            momentum = layer.momentum
+            fields["momentum"] = float(momentum) if isinstance(momentum, numbers.Real) else "cumulative"
+        self._identity = _fields.pack(fields)
 
     @property
     def rank(self) -> int:
@@ -63,15 +68,7 @@ class _LayerCommunicator:
         return self._comm.size
 
     def agree(self, fields: bytes, error: Exception | None = None) -> None:
-        # what a refused call says may be the very thing that was refused
-        self._comm.agree(fields if error is not None else self._identity() + fields, error)
-
-    def _identity(self) -> bytes:
-        fields: dict[str, _fields.Field] = {"layer": type(self._layer).__name__}
-        if self._layer._moves_running_stats():
-            momentum = self._layer.momentum
-            fields["momentum"] = float(momentum) if isinstance(momentum, numbers.Real) else "cumulative"
-        return _fields.pack(fields)
+        self._comm.agree(self._identity + fields, error)
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         return self._comm.merge_moments(n, mean, m2)

@@ -1,4 +1,4 @@
-"""Module and Sequential: a tree of layers with parameters, buffers, gradients, hooks and a state_dict.
+"""Module: a tree of layers with parameters, buffers, gradients, hooks and a state_dict.
 
 The surface is torch's `nn.Module` as far as it makes sense without a tape: parameters and buffers are plain arrays,
 gradients are kept beside them, and `backward` is a method.
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from arraynorm import _array
 from arraynorm.layers import _state
 from arraynorm.typing import Array
+
+M = TypeVar("M", bound="Module")
 
 ForwardPreHook = Callable[["Module", tuple[Any, ...]], Any]
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
@@ -400,6 +402,17 @@ class Module:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
 
+    def __copy__(self) -> Self:
+        return self._recreated_as(type(self))
+
+    def _recreated_as(self, cls: type[M]) -> M:
+        """A `cls` with everything that this module has but the cache: the same arrays, in containers of its own."""
+        new = cls.__new__(cls)
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = value.copy() if isinstance(value, dict | set) else value
+        new.__dict__["_cache"] = None
+        return new
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -418,44 +431,3 @@ class Module:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [line for line in (self.extra_repr(), *children) if line]
         return "\n  ".join((f"{type(self).__name__}(", *lines)) + "\n)"
-
-
-class Sequential(Module):
-    """Modules one after the other; the backward runs them in reverse.
-
-    Parameters
-    ----------
-    *modules : Module
-        Or one mapping of names to modules.
-    """
-
-    def __init__(self, *modules: Module | Mapping[str, Module]) -> None:
-        super().__init__()
-        if len(modules) == 1 and isinstance(modules[0], Mapping):
-            named = tuple(modules[0].items())
-        else:
-            named = tuple((str(number), module) for number, module in enumerate(modules))  # type: ignore[misc]
-        for name, module in named:
-            if not isinstance(module, Module):
-                raise TypeError(f"Sequential: {name} must be a Module, got {type(module).__qualname__}")
-            self.add_module(name, module)
-
-    def forward(self, x: Array) -> Array:
-        for module in self.children():
-            x = module(x)
-        return x
-
-    def backward(self, dy: Array) -> Array:
-        for module in reversed(tuple(self.children())):
-            dx = module.backward(dy)
-            dy = dx[0] if isinstance(dx, tuple) else dx  # a fused layer's daddend: it had no addend here
-        return dy
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Module]:
-        return self.children()
-
-    def __getitem__(self, index: int) -> Module:
-        return tuple(self.children())[index]

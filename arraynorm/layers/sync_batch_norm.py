@@ -97,7 +97,7 @@ class SyncBatchNorm(SynchronizedModule, BatchNorm):
                 layer.comm = comm
             elif isinstance(layer, BatchNorm):
                 source = layer._source if isinstance(layer, SyncBatchNorm) else type(layer)
-                layer = _recreated(layer, cls)
+                layer = layer._recreated_as(cls)
                 layer.__dict__.update(_source=source, _comm=comm)
             return layer
 
@@ -129,7 +129,7 @@ def revert_sync_batchnorm(module: M) -> M:
             layer.comm = distributed.SELF
         elif isinstance(layer, SyncBatchNorm):
             source = layer._source
-            layer = _recreated(layer, source)
+            layer = layer._recreated_as(source)
             for name in ("_comm", "_source"):
                 layer.__dict__.pop(name, None)
         return layer
@@ -150,12 +150,3 @@ def _replaced(module: Module, function: Any) -> Module:
         return done[id(layer)]
 
     return visit(module)
-
-
-def _recreated(layer: Module, cls: type[Module]) -> Module:
-    """A `cls` with everything that `layer` has: the same arrays, in containers of its own."""
-    new = cls.__new__(cls)
-    for name, value in layer.__dict__.items():
-        new.__dict__[name] = value.copy() if isinstance(value, dict | set) else value
-    new._cache = None
-    return new
