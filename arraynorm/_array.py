@@ -191,9 +191,13 @@ def is_read_only(array: Array) -> bool:
 
 
 def overlaps_itself(array: Array) -> bool:
-    """Whether two elements of a NumPy or CuPy array share memory: more bytes of elements than of extent."""
-    extent = array.itemsize + sum((n - 1) * abs(s) for n, s in zip(array.shape, array.strides, strict=True))
-    return bool(array.size * array.itemsize > extent)
+    """Whether elements of a NumPy or CuPy array may share memory: a stride shorter than what lies within it."""
+    reach = array.itemsize  # bytes from the first to past the last element of the dimensions so far
+    for stride, n in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return bool(array.size)
+        reach += (n - 1) * stride
+    return False
 
 
 def may_overlap(a: Array, b: Array) -> bool:

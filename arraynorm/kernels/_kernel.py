@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, get_args
 
 from arraynorm import _array
 
@@ -64,7 +64,7 @@ class Kernel(Generic[P, R]):
         x = cast(Any, args[0])
         if allowed == "specialised":
             raise NotImplementedError(f"{self.__name__}: no specialisation for {library} took {x.dtype} {x.shape}")
-        if specialisation is not None:
+        if specialisation is not None and allowed != "reference":
             _log.debug("%s: the %s specialisation declined %s %s", self.__name__, library, x.dtype, x.shape)
         with _array.silent():
             return self.reference(*args, **kwargs)
@@ -85,6 +85,8 @@ def only(paths: Paths) -> Iterator[None]:
     paths : "reference", "specialised" or "any"
         Under "specialised" a declined call raises NotImplementedError.
     """
+    if paths not in get_args(Paths):
+        raise ValueError(f"only: paths must be one of {get_args(Paths)}, got {paths!r}")
     token = _only.set(paths)
     try:
         yield

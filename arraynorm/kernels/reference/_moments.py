@@ -23,7 +23,7 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     d = x - pivot
     shift = xp.sum(d, axis=axes, keepdims=True) / n
     d = d - shift
-    return pivot + shift, xp.sum(d * d, axis=axes, keepdims=True)
+    return pivot + shift, _in_range(xp.sum(d * d, axis=axes, keepdims=True))
 
 
 def reciprocal_std(var: Array, eps: float) -> Array:
@@ -33,6 +33,19 @@ def reciprocal_std(var: Array, eps: float) -> Array:
         v = var + eps
         zero = v == 0
         return xp.where(zero, xp.zeros_like(v), 1 / xp.sqrt(xp.where(zero, xp.ones_like(v), v)))
+
+
+def mean_square(x: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of squares over `axes`, which are kept with size 1; infinite where x is. x is float64."""
+    xp = _array.array_namespace(x)
+    mean = mean_over(x * x, axes)
+    return xp.where(xp.any(xp.isinf(x), axis=axes, keepdims=True), mean, _in_range(mean))
+
+
+def _in_range(squares: Array) -> Array:
+    """NaN for a sum of squares beyond float64 (deviations from 1e154): as infinity it would make y quietly zero."""
+    xp = _array.array_namespace(squares)
+    return xp.where(xp.isinf(squares), xp.full_like(squares, float("nan")), squares)
 
 
 def mean_over(x: Array, axes: tuple[int, ...]) -> Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from arraynorm import _array
 from arraynorm.kernels._kernel import Kernel
-from arraynorm.kernels.reference._moments import mean_over, reciprocal_std
+from arraynorm.kernels.reference._moments import mean_over, mean_square, reciprocal_std
 from arraynorm.typing import Array
 
 
@@ -15,7 +15,7 @@ from arraynorm.typing import Array
 def rms_norm_forward(x: Array, weight: Array | None, eps: float, out: Array | None) -> tuple[Array, Array]:
     """x (rows, K); weight (K,) -> y (rows, K) = x * rstd * weight; rstd (rows,) float64."""
     wide = _array.widen(x)
-    rstd = reciprocal_std(mean_over(wide * wide, (1,)), eps)
+    rstd = reciprocal_std(mean_square(wide, (1,)), eps)
     y = wide * rstd
     if weight is not None:
         y = y * _array.widen(weight)
