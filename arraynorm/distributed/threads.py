@@ -45,6 +45,7 @@ class ThreadGroup:
             arrived = self._changed.wait_for(lambda: self._round > number or self._left, self.timeout)
             if self._round > number:
                 return self._result
+            self._brought.pop(rank, None)  # a peer that comes later must not complete the round without this rank
             reasons = "; ".join(f"rank {r} {reason}" for r, reason in sorted(self._left.items()))
             waiting = reasons if arrived else f"not all ranks came within {self.timeout} s"
             raise PeerLeftError(f"rank {rank} waits in a collective that can't complete: {waiting}")
