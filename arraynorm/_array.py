@@ -31,7 +31,17 @@ def library(array: object) -> str:
 
 def is_array(value: object) -> bool:
     """Whether `value` is an array of a supported library; NumPy's scalar types are not."""
-    return array_api_compat.is_array_api_obj(value) and not isinstance(value, np.generic)
+    # NumPy's scalars and the array classes themselves have an array's attributes, too
+    return array_api_compat.is_array_api_obj(value) and not isinstance(value, np.generic | type)
+
+
+def is_real_scalar(value: object) -> bool:
+    """Whether `value` is a real number: Python's, a NumPy scalar, or a 0-d array of any library."""
+    if isinstance(value, np.ma.MaskedArray):
+        return False
+    if hasattr(value, "dtype"):
+        return getattr(value, "ndim", None) == 0 and is_real(value)
+    return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
 def array_namespace(array: Array) -> Any:
@@ -70,6 +80,20 @@ def is_floating(array: Array) -> bool:
     return dtype_name(array.dtype) in _WIDTH
 
 
+def is_integer(array: Array) -> bool:
+    """Whether the dtype is one of an array library's own integers."""
+    if library(array) in _WRITABLE_LIBRARIES:
+        return bool(array.dtype.kind in "iu")
+    return dtype_name(array.dtype).startswith(("int", "uint"))
+
+
+def holds_integers(array: Array, dtype: Any) -> bool:
+    """Whether every element is an integer that `dtype` has."""
+    limits = np.iinfo(dtype_name(dtype))
+    numbers = [float(v) for v in to_numpy(array).reshape(-1)]
+    return all(v.is_integer() and limits.min <= v <= limits.max for v in numbers)
+
+
 def is_real(array: Array) -> bool:
     """Whether the dtype is an integer or floating one (of any width and byte order)."""
     if library(array) in _WRITABLE_LIBRARIES:
@@ -88,6 +112,23 @@ def widest_dtype(*arrays: Array | None) -> Any:
 def running_dtype(xp: Any, dtype: Any) -> Any:
     """The dtype in which a layer of `dtype` holds running statistics: at least float32, for a float16 one overflows."""
     return dtype if _WIDTH.get(dtype_name(_array_dtype(xp, dtype)), 0) else xp.float32
+
+
+def is_floating_dtype(xp: Any, dtype: Any) -> bool:
+    """Whether the library has this dtype, and it is one that parameters may have."""
+    try:
+        return dtype_name(_array_dtype(xp, dtype)) in _WIDTH
+    except Exception:  # each library has its own error for what is no dtype
+        return False
+
+
+def is_device(xp: Any, device: Any) -> bool:
+    """Whether the library can make an array there."""
+    try:
+        xp.empty((0,), device=device)
+    except Exception:  # each library has its own error for what is no device
+        return False
+    return True
 
 
 def _array_dtype(xp: Any, dtype: Any) -> Any:
@@ -170,9 +211,15 @@ def deliver(value: Array, shape: tuple[int, ...], out: Array | None, view: Array
     return out
 
 
-def assign(target: Array, value: Array) -> Array:
-    """The array that now holds `value` in `target`'s dtype: `target`, or a new one where it can't be written."""
-    value = array_namespace(value).astype(value, target.dtype)
+def assign(target: Array, value: Array, *apart_from: Array) -> Array:
+    """The array that now holds `value` in `target`'s dtype: `target`, or a new one where it can't be written.
+
+    Nor is it written where its elements share memory with each other or with `apart_from`.
+    """
+    with silent():
+        value = array_namespace(value).astype(value, target.dtype)
+    if takes_out(target) and (overlaps_itself(target) or any(may_overlap(target, other) for other in apart_from)):
+        return value
     try:
         target[...] = value
     except (TypeError, ValueError):  # JAX arrays are immutable; NumPy arrays may be read-only

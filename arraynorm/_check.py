@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -110,13 +111,13 @@ def output(
 
 
 def real(function: str, name: str, value: object) -> float:
-    """A real number (bool and arrays with dimensions are none) as a float."""
-    if isinstance(value, bool | np.bool | str) or (_array.is_array(value) and value.ndim):  # type: ignore[attr-defined]
+    """A real number as a float: Python's, NumPy's, or a 0-d array; bool, text and complex numbers are none."""
+    if not _array.is_real_scalar(value):
         raise TypeError(f"{function}: {name} must be a real number, got {value!r}")
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{function}: {name} must be a real number, got {value!r}") from None
+    except OverflowError:  # an int beyond any float
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def integer(function: str, name: str, value: object) -> int:
@@ -134,6 +135,13 @@ def epsilon(function: str, eps: object) -> float:
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{function}: eps must be finite and >= 0, got {eps}")
     return eps
+
+
+def tolerance(function: str, name: str, value: object) -> float:
+    number = real(function, name, value)
+    if not number >= 0:
+        raise ValueError(f"{function}: {name} must be >= 0, got {number}")
+    return number
 
 
 def momentum(function: str, value: object) -> float:
@@ -158,11 +166,11 @@ def min_ndim(x: Array, ndim: int) -> None:
         raise ValueError(f"expected at least {ndim}D input (got {x.ndim}D input)")
 
 
-def channels(function: str, x: Array, axis: int, name: str, number: int) -> None:
+def channels(function: str, argument: str, x: Array, axis: int, name: str, number: int) -> None:
     """x has a layer's number of channels; the message names both."""
     if x.shape[axis] != number:
         raise ValueError(
-            f"{function}: x must have {name} = {number} channels on axis {axis}, "
+            f"{function}: {argument} must have {name} = {number!r} channels on axis {axis}, "
             f"got {x.shape[axis]} in shape {tuple(x.shape)}"
         )
 
@@ -188,7 +196,7 @@ def count(function: str, name: str, value: object, *, minimum: int) -> int:
 
 def normalized_shape(function: str, shape: object) -> tuple[int, ...]:
     """An int becomes a 1-tuple; () is refused."""
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str | bytes) else (shape,)
     if not sizes:
         raise ValueError(f"{function}: normalized_shape must name at least one dimension, got ()")
     return tuple(count(function, "normalized_shape", size, minimum=0) for size in sizes)
@@ -225,9 +233,48 @@ def more_than_one_spatial_element(spatial: int, shape: tuple[int, ...]) -> None:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {shape}")
 
 
+def placement(function: str, xp: object, device: object, dtype: object) -> None:
+    """Where a layer's arrays are to be, and in which dtype."""
+    library = namespace(function, xp)
+    floating_dtype(function, library, dtype)
+    known_device(function, library, device)
+
+
+def counter(function: str, x: Array, name: str, value: Array) -> None:
+    """A 0-d array of x's library that counts: an integer >= 0."""
+    array(function, name, value)
+    same_library(function, x, name, value)
+    has_shape(function, name, value, ())
+    if not _array.is_integer(value):
+        raise TypeError(f"{function}: {name} must have an integer dtype, got {value.dtype}")
+    if int(value) < 0:
+        raise ValueError(f"{function}: {name} must be >= 0, got {int(value)}")
+
+
+def namespace(function: str, xp: object) -> Any:
+    """`xp` (a module such as numpy or cupy, or None for NumPy) as its array-API-compatible namespace."""
+    if xp is not None and not (isinstance(xp, ModuleType) and hasattr(xp, "asarray")):
+        raise TypeError(f"{function}: xp must be the module of an array library, got {xp!r}")
+    return _array.resolve_namespace(xp)
+
+
+def floating_dtype(function: str, xp: Any, dtype: object) -> None:
+    """None, or what `xp` understands as float16, bfloat16, float32 or float64 in the machine's byte order."""
+    if dtype is not None and not _array.is_floating_dtype(xp, dtype):
+        raise TypeError(f"{function}: dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+
+
+def known_device(function: str, xp: Any, device: object) -> None:
+    """None, or a device of `xp`."""
+    if device is not None and not _array.is_device(xp, device):
+        raise ValueError(f"{function}: device must be one of {xp.__name__}'s, got {device!r}")
+
+
 def communicator(function: str, comm: object) -> None:
     """None or an `arraynorm.typing.Communicator`; a raw mpi4py object has to be wrapped."""
-    if comm is not None and (_array.library(comm) == "mpi4py" or not isinstance(comm, Communicator)):
+    # a class has the protocol's methods, too
+    foreign = isinstance(comm, type) or _array.library(comm) == "mpi4py"
+    if comm is not None and (foreign or not isinstance(comm, Communicator)):
         raise TypeError(
             f"{function}: comm must be None or a communicator, got {type(comm).__qualname__}; "
             "wrap an mpi4py one as arraynorm.distributed.MPICommunicator(comm)"
@@ -256,6 +303,20 @@ def scale(function: str, name: str, value: object) -> float:
     return number
 
 
+def as_float32(function: str, name: str, value: object) -> float:
+    """A real number rounded to float32: far out that is infinity, near zero it is zero."""
+    with _array.silent():
+        return float(np.float32(real(function, name, value)))
+
+
+def zero_point_of_any(function: str, name: str, value: object) -> int:
+    """A zero point that some 8-bit dtype can have."""
+    number = integer(function, name, value)
+    if not -128 <= number <= 255:
+        raise ValueError(f"{function}: {name} must fit int8 or uint8, got {number}")
+    return number
+
+
 def zero_point(function: str, name: str, value: object, x: Array) -> int:
     number = integer(function, name, value)
     limits = _array.array_namespace(x).iinfo(x.dtype)
@@ -267,4 +328,5 @@ def zero_point(function: str, name: str, value: object, x: Array) -> int:
 def finite(function: str, name: str, value: Array) -> None:
     xp = _array.array_namespace(value)
     if not bool(xp.all(xp.isfinite(value))):
-        raise ValueError(f"{function}: {name} must be finite: 8-bit integers hold neither NaN nor infinity")
+        wrong = float(value[~xp.isfinite(value)][0])
+        raise ValueError(f"{function}: {name} must be finite (8-bit integers hold neither NaN nor inf), got {wrong}")

@@ -16,14 +16,16 @@ from arraynorm.typing import Communicator
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
-def as_communicator(comm: Any) -> Communicator | None:
+def as_communicator(comm: Any, function: str = "as_communicator") -> Communicator | None:
     """`comm` as an `arraynorm.typing.Communicator`: a raw mpi4py communicator is wrapped, None stays None."""
     if is_mpi4py(comm):  # asked first: the protocol's check looks at comm.size, which raises for COMM_NULL
         return MPICommunicator(comm)
-    if comm is None or isinstance(comm, Communicator):
+    # a class has the protocol's methods, too
+    if comm is None or (isinstance(comm, Communicator) and not isinstance(comm, type)):
         return comm
     raise TypeError(
-        f"comm must be None, a communicator of arraynorm.distributed or an mpi4py one, got {type(comm).__qualname__}"
+        f"{function}: comm must be None, a communicator of arraynorm.distributed or an mpi4py one, "
+        f"got {type(comm).__qualname__}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from arraynorm import _check
 from arraynorm.distributed._communicator import HostCommunicator
 from arraynorm.distributed._moments import Float64Array
 
@@ -116,6 +117,7 @@ def run_ranks(
     >>> bool(np.allclose(np.concatenate(ys), an.batch_norm(x)))
     True
     """
+    n = _check.integer("run_ranks", "n", n)
     if n < 1:
         raise ValueError(f"run_ranks: n must be >= 1, got {n}")
     group = ThreadGroup(n, timeout)

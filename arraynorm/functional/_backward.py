@@ -19,6 +19,7 @@ def parameter_gradients(
     """dweight and dbias from (sum of dy, sum of dy * x_hat), in the computation dtype; None where there is none."""
     sum_dy, sum_dy_x_hat = sums
     dtype = _array.widest_dtype(x, weight, bias)
-    dweight = None if weight is None else _array.store(sum_dy_x_hat, dtype, None)
-    dbias = None if bias is None else _array.store(sum_dy, dtype, None)
+    with _array.silent():  # a sum beyond float32 is infinite
+        dweight = None if weight is None else _array.store(sum_dy_x_hat, dtype, None)
+        dbias = None if bias is None else _array.store(sum_dy, dtype, None)
     return dweight, dbias

@@ -167,9 +167,9 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache, *, out: Array | None =
     """
     function = "batch_norm_backward"
     _check.cache_of(function, cache, BatchNormCache)
-    x, weight, bias, mean, _, rstd, count, axis, comm = cache
+    x, weight, bias, mean, var, rstd, count, axis, comm = cache
     with agreement(comm) as fields:
-        check_backward(function, dy, x, out, needed=(x, weight, mean, rstd))
+        check_backward(function, dy, x, out, needed=(x, weight, bias, mean, var, rstd))
         fields.update(operation=function, channels=mean.shape[0], dtype=_array.dtype_name(x.dtype), ndim=x.ndim)
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
@@ -286,7 +286,7 @@ def batch_norm_frozen_backward(dy: Array, cache: FrozenBatchNormCache, *, out: A
     function = "batch_norm_frozen_backward"
     _check.cache_of(function, cache, FrozenBatchNormCache)
     x, weight, bias, mean, rstd, axis = cache
-    check_backward(function, dy, x, out, needed=(x, weight, mean, rstd))
+    check_backward(function, dy, x, out, needed=(x, weight, bias, mean, rstd))
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)

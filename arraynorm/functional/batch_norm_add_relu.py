@@ -347,7 +347,7 @@ def _check_backward(
     pair = out if isinstance(out, tuple) else (out, None)
     if len(pair) != 2:
         raise ValueError(f"{function}: out must be an array or a tuple (dx, daddend), got {len(pair)} entries")
-    needed = (cache.x, cache.weight, cache.mean, cache.rstd, cache.mask)
+    needed = tuple(field for field in cache if _array.is_array(field))
     dx, daddend = pair
     if daddend is not None and not cache.has_addend:
         raise ValueError(f"{function}: out must be dx alone where the forward had no addend, got (dx, daddend)")

@@ -119,7 +119,7 @@ def group_norm_backward(dy: Array, cache: GroupNormCache, *, out: Array | None =
     function = "group_norm_backward"
     _check.cache_of(function, cache, GroupNormCache)
     x, weight, bias, mean, rstd, axis = cache
-    check_backward(function, dy, x, out, needed=(x, weight, mean, rstd))
+    check_backward(function, dy, x, out, needed=(x, weight, bias, mean, rstd))
     shape = _array.sample_view(x.shape, axis)
     xp = _array.array_namespace(x)
     view = _array.out_view(out, shape)

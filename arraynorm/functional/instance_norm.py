@@ -115,8 +115,8 @@ def instance_norm_backward(dy: Array, cache: InstanceNormCache, *, out: Array | 
     """
     function = "instance_norm_backward"
     _check.cache_of(function, cache, InstanceNormCache)
-    x, weight, bias, mean, _, rstd, _, axis = cache
-    check_backward(function, dy, x, out, needed=(x, weight, mean, rstd))
+    x, weight, bias, mean, var, rstd, _, axis = cache
+    check_backward(function, dy, x, out, needed=(x, weight, bias, mean, var, rstd))
     shape = _array.sample_view(x.shape, axis)
     xp = _array.array_namespace(x)
     view = _array.out_view(out, shape)

@@ -110,7 +110,7 @@ def layer_norm_backward(dy: Array, cache: LayerNormCache, *, out: Array | None =
     function = "layer_norm_backward"
     _check.cache_of(function, cache, LayerNormCache)
     x, weight, bias, mean, rstd, normalized_shape = cache
-    check_backward(function, dy, x, out, needed=(x, weight, mean, rstd))
+    check_backward(function, dy, x, out, needed=(x, weight, bias, mean, rstd))
     shape = _array.row_view(x.shape, len(normalized_shape))
     xp = _array.array_namespace(x)
     view = _array.out_view(out, shape)

@@ -119,6 +119,9 @@ def _run(
     x_zero_point = _check.zero_point(function, "x_zero_point", x_zero_point, xq)
     y_zero_point = _check.zero_point(function, "y_zero_point", y_zero_point, xq)
     _check.output(function, "out", out, xq, apart_from=(mean, var, weight, bias), may_be=(xq,))
+    for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
+        if value is not None:
+            _check.finite(function, name, value)
     a, b = kernels.folded_affine(mean, var, weight, bias, eps)
     _check.finite(function, "weight / sqrt(var + eps)", a)
     _check.finite(function, "bias - mean * weight / sqrt(var + eps)", b)

@@ -52,13 +52,12 @@ def update_running_stats(
     mean, var, count = cache.mean, cache.var, cache.n
     if is_empty(cache):  # nothing to add; any count that Bessel's correction accepts will do
         momentum, count = 0.0, 2
-    if isinstance(cache, InstanceNormCache):
-        xp = _array.array_namespace(mean)
-        mean, var = (xp.reshape(mean_over(s, (0,)), (-1,)) for s in (mean, var))
-    return (
-        exponential_average(running_mean, mean, momentum),
-        exponential_average(running_var, unbiased(var, count), momentum),
-    )
+    with _array.silent():
+        if isinstance(cache, InstanceNormCache):
+            xp = _array.array_namespace(mean)
+            mean, var = (xp.reshape(mean_over(s, (0,)), (-1,)) for s in (mean, var))
+        var = unbiased(var, count)
+    return exponential_average(running_mean, mean, momentum), exponential_average(running_var, var, momentum)
 
 
 def is_empty(cache: Cache) -> bool:

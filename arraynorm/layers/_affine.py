@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-from arraynorm import _array
+from arraynorm import _array, _check
 from arraynorm.layers.module import Module
 from arraynorm.typing import AddReluGradients, AffineGradients, Array, RMSNormGradients
 
@@ -65,9 +65,18 @@ class AffineModule(Module):
             if self._parameters.get("bias") is not None:
                 self._fill("bias", 0)
 
+    def _check_gradients(self) -> None:
+        """What `grads` holds, perhaps from the user, can be added to."""
+        for name, held in self.grads.items():
+            parameter = self._parameters.get(name)
+            if held is not None and parameter is not None:
+                _check.companion(type(self).__name__, parameter, f"grads[{name!r}]", held, tuple(parameter.shape))
+
     def _backward(self, function: Callable[[Array, Any], G], dy: Array) -> G:
         """Run a functional backward on the kept cache; once it has succeeded, use up the cache and keep gradients."""
-        gradients = function(dy, self.kept())
+        cache = self.kept()
+        self._check_gradients()
+        gradients = function(dy, cache)
         self._cache = None
         for name in ("weight", "bias"):
             if name in self._parameters:

@@ -45,6 +45,7 @@ class RunningStatsModule(AffineModule):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.axis = _check.integer(name, "axis", axis)
+        _check.placement(name, xp, device, dtype)
         shape = (self.num_features,)
         self._init_affine(shape, weight=affine, bias=affine and bias, xp=xp, device=device, dtype=dtype)
         xp = _array.resolve_namespace(xp)
@@ -87,8 +88,8 @@ class RunningStatsModule(AffineModule):
         _check.ndim_in(x, self._ndims)
         self._check_channels(x, _check.channel_axis(name, x, self.axis))
 
-    def _check_channels(self, x: Array, axis: int) -> None:
-        _check.channels(type(self).__name__, x, axis, "num_features", self.num_features)
+    def _check_channels(self, x: Array, axis: int, argument: str = "x") -> None:
+        _check.channels(type(self).__name__, argument, x, axis, "num_features", self.num_features)
 
     def _has_running_stats(self) -> bool:
         """Whether both buffers are there; one alone is an error."""
@@ -106,8 +107,7 @@ class RunningStatsModule(AffineModule):
             _check.momentum(name, self.momentum)
         counter = self.num_batches_tracked
         if counter is not None:
-            _check.array(name, "num_batches_tracked", counter)
-            _check.has_shape(name, "num_batches_tracked", counter, ())
+            _check.counter(name, x, "num_batches_tracked", counter)
         elif self.momentum is None:
             raise RuntimeError(
                 f"{name}: momentum=None averages over num_batches_tracked, which is None; set it to a 0-d int64 array"
@@ -123,8 +123,8 @@ class RunningStatsModule(AffineModule):
         mean, var, counter = (buffers[name] for name in (*RUNNING_STATS, "num_batches_tracked"))
         momentum = 1 / (int(counter) + 1) if self.momentum is None else self.momentum
         new_mean, new_var = update_running_stats(mean, var, cache, momentum=momentum)
-        buffers["running_mean"] = _array.assign(mean, new_mean)
-        buffers["running_var"] = _array.assign(var, new_var)
+        buffers["running_mean"] = _array.assign(mean, new_mean, cache.x, var)
+        buffers["running_var"] = _array.assign(var, new_var, cache.x, mean)
         if counter is not None:
             buffers["num_batches_tracked"] = _array.assign(counter, counter + 1)
 

@@ -33,7 +33,7 @@ def load(root: Module, state_dict: Mapping[str, Array], strict: bool) -> Incompa
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"load_state_dict: state_dict must be a mapping, got {type(state_dict).__qualname__}")
     state = dict(state_dict)
-    metadata: Mapping[str, Mapping[str, int]] = getattr(state_dict, "_metadata", {})
+    metadata: Mapping[str, Mapping[str, int]] = getattr(state_dict, "_metadata", None) or {}
     errors: list[str] = []
     missing: list[str] = []
     planned: list[tuple[Module, str, Array]] = []
@@ -66,6 +66,7 @@ def load(root: Module, state_dict: Mapping[str, Array], strict: bool) -> Incompa
 def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
     """A fault or None, and a copy of `value` in target's library: it may be another array of the same module."""
     try:
+        _check.array("load_state_dict", f"the layer's {key}", target)
         _check.array("load_state_dict", key, value)
     except TypeError as error:
         return f"{error}. ", None
@@ -77,6 +78,8 @@ def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
         )
     if not _array.is_real(value):
         return f"load_state_dict: {key} must hold real numbers, got dtype {value.dtype}. ", None
+    if _array.is_integer(target) and not _array.holds_integers(value, target.dtype):
+        return f"load_state_dict: {key} must hold integers within {target.dtype}, got {value}. ", None
     xp = _array.array_namespace(target)
     return None, xp.asarray(_array.move(value, xp, _array.device(target)), copy=True)
 

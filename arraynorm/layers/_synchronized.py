@@ -26,7 +26,7 @@ class SynchronizedModule(Module):
 
     @comm.setter
     def comm(self, comm: Any) -> None:
-        object.__setattr__(self, "_comm", distributed.as_communicator(comm))
+        object.__setattr__(self, "_comm", distributed.as_communicator(comm, type(self).__name__))
 
     def _collective(self) -> Communicator | None:
         """The communicator of a training forward; None in eval, which never communicates, and for one rank."""

@@ -122,6 +122,7 @@ class BatchNorm(RunningStatsModule):
     def _gradients(self, dy: Array) -> Any:
         with refusal(self._collective()):
             function = self._backwards[type(self.kept())]
+            self._check_gradients()
         return self._backward(function, dy)
 
     def _check_call(self, x: Array) -> bool:

@@ -61,6 +61,7 @@ class GroupNorm(AffineModule):
         self.num_groups = _check.groups(name, num_groups, self.num_channels)
         self.eps = _check.epsilon(name, eps)
         self.affine = affine
+        _check.placement(name, xp, device, dtype)
         self.axis = _check.integer(name, "axis", axis)
         shape = (self.num_channels,)
         self._init_affine(shape, weight=affine, bias=affine and bias, xp=xp, device=device, dtype=dtype)
@@ -74,7 +75,9 @@ class GroupNorm(AffineModule):
         name = type(self).__name__
         _check.input_array(name, "x", x)
         _check.min_ndim(x, 2)
-        _check.channels(name, x, _check.channel_axis(name, x, self.axis, first=1), "num_channels", self.num_channels)
+        _check.channels(
+            name, "x", x, _check.channel_axis(name, x, self.axis, first=1), "num_channels", self.num_channels
+        )
         y, cache = group_norm_forward(x, self.num_groups, self.weight, self.bias, axis=self.axis, eps=self.eps)
         self.keep(cache)
         return y

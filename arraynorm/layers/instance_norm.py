@@ -92,21 +92,23 @@ class _InstanceNorm(RunningStatsModule):
             y, frozen_cache = batch_norm_frozen_forward(
                 batch, self.running_mean, self.running_var, self.weight, self.bias, axis=self.axis, eps=self.eps
             )
-            self.keep(frozen_cache)
+            self.keep((frozen_cache, unbatched))
         else:
             y, cache = instance_norm_forward(batch, self.weight, self.bias, axis=self.axis, eps=self.eps)
             if has_running_stats:
                 self._update_running_stats(cache)
-            self.keep(cache)
+            self.keep((cache, unbatched))
         return y[0, ...] if unbatched else y
 
     def backward(self, dy: Array) -> Array:
         """dx; adds to `grads["weight"]` and `grads["bias"]`."""
-        frozen = isinstance(self.kept(), FrozenBatchNormCache)
-        _check.floating(type(self).__name__, "dy", dy)
-        unbatched = self._is_unbatched(dy)
+        cache, unbatched = self.kept()
+        name, shape = type(self).__name__, tuple(cache.x.shape)
+        _check.floating(name, "dy", dy)
+        _check.has_shape(name, "dy", dy, shape[1:] if unbatched else shape)
+        frozen = isinstance(cache, FrozenBatchNormCache)
         backward = batch_norm_frozen_backward if frozen else instance_norm_backward
-        dx = self._backward(backward, dy[None, ...] if unbatched else dy).dx
+        dx = self._backward(lambda dy, kept: backward(dy, kept[0]), dy[None, ...] if unbatched else dy).dx
         return dx[0, ...] if unbatched else dx
 
     def _is_unbatched(self, x: Array) -> bool:

@@ -51,6 +51,7 @@ class LayerNorm(AffineModule):
         self.normalized_shape = _check.normalized_shape(name, normalized_shape)
         self.eps = _check.epsilon(name, eps)
         self.elementwise_affine = elementwise_affine
+        _check.placement(name, xp, device, dtype)
         affine = elementwise_affine
         self._init_affine(self.normalized_shape, weight=affine, bias=affine and bias, xp=xp, device=device, dtype=dtype)
 

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, Self, TypeVar
 
-from arraynorm import _array
+from arraynorm import _array, _check
 from arraynorm.layers import _state
 from arraynorm.typing import Array
 
@@ -285,8 +285,13 @@ class Module:
 
     def to(self, xp_or_device: Any = None, dtype: Any = None) -> Self:
         """Move all arrays to another library (a namespace such as cupy) or device, and floating ones to `dtype`."""
-        if isinstance(xp_or_device, ModuleType):
-            xp = _array.resolve_namespace(xp_or_device)
+        xp = _check.namespace("to", xp_or_device) if isinstance(xp_or_device, ModuleType) else None
+        for array in itertools.chain(self.parameters(), self.buffers()):
+            library = xp or _array.array_namespace(array)
+            _check.floating_dtype("to", library, dtype)
+            if xp is None:
+                _check.known_device("to", library, xp_or_device)
+        if xp is not None:
             self._convert(lambda module, name, array: _array.move(array, xp))
         elif xp_or_device is not None:
             self._convert(lambda module, name, array: _array.move(array, _array.array_namespace(array), xp_or_device))

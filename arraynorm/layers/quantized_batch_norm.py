@@ -79,8 +79,8 @@ class _QuantizedBatchNorm(RunningStatsModule):
             raise TypeError(f"{name}: layer must be a BatchNorm or FusedBatchNorm, got {type(layer).__qualname__}")
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(f"{name}: layer must have running statistics, got None")
-        scale = _check.scale(name, "scale", scale)
-        zero_point = _check.integer(name, "zero_point", zero_point)
+        scale = _check.scale(name, "scale", _check.as_float32(name, "scale", scale))  # as the buffer holds it
+        zero_point = _check.zero_point_of_any(name, "zero_point", zero_point)
         xp = _array.array_namespace(layer.running_mean)
         new = cls(layer.num_features, layer.eps, layer.momentum, axis=layer.axis)
         new._convert(lambda module, key, array: _array.move(array, xp, _array.device(layer.running_mean)))
@@ -99,7 +99,7 @@ class _QuantizedBatchNorm(RunningStatsModule):
         _check.quantized(name, "xq", xq)
         if xq.ndim not in self._ndims:
             raise ValueError(f"Input shape must be `{self._layout}`!")
-        self._check_channels(xq, _check.channel_axis(name, xq, self.axis))
+        self._check_channels(xq, _check.channel_axis(name, xq, self.axis), "xq")
         return type(self)._function(
             xq,
             self.running_mean,

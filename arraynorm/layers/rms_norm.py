@@ -50,6 +50,7 @@ class RMSNorm(AffineModule):
         self.normalized_shape = _check.normalized_shape(name, normalized_shape)
         self.eps = None if eps is None else _check.epsilon(name, eps)
         self.elementwise_affine = elementwise_affine
+        _check.placement(name, xp, device, dtype)
         self._init_parameter("weight", self.normalized_shape, elementwise_affine, 1, xp=xp, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

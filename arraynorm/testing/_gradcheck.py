@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from arraynorm import _array
+from arraynorm import _array, _check
 from arraynorm.testing._backward import gradients_of
 from arraynorm.testing._differences import Derivative, Differences, Host
 from arraynorm.testing._operation import Backward, Forward, GradientError, operation
@@ -137,6 +137,7 @@ def _compare(
     mode: str,
     seed: int,
 ) -> None:
+    rtol, atol = _check.tolerance("gradcheck", "rtol", rtol), _check.tolerance("gradcheck", "atol", atol)
     op = operation(forward, backward, inputs)
     dy_seed, direction_seed = np.random.SeedSequence(seed).spawn(2)
     dy, gradients = gradients_of(op, dy_seed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from arraynorm import _array
+from arraynorm import _array, _check
 from arraynorm.layers import Module
 from arraynorm.testing._differences import Host
 from arraynorm.typing import Array
@@ -58,6 +58,8 @@ def operation(forward: Any, backward: Any, inputs: Any) -> Operation:
     """What `gradcheck` was given, checked."""
     if not isinstance(inputs, Sequence):  # an array would be taken apart
         raise TypeError(f"gradcheck: inputs must be a sequence of arrays, got {type(inputs).__name__}")
+    if not callable(forward):
+        raise TypeError(f"gradcheck: forward must be callable, got {type(forward).__name__}")
     if not isinstance(forward, Module):
         if not callable(backward):
             raise TypeError(f"gradcheck: backward must be callable, got {type(backward).__name__}")
@@ -112,7 +114,7 @@ def _argument_names(function: Callable[..., Any], count: int) -> list[str]:
 
 def _check_inputs(op: Operation) -> None:
     if all(x is None for x in op.inputs):
-        raise ValueError("gradcheck: inputs must hold at least one array")
+        raise ValueError(f"gradcheck: inputs must hold at least one array, got {len(op.inputs)} times None")
     for name, x in zip(op.names, op.inputs, strict=True):
         if x is None:
             continue
@@ -123,5 +125,7 @@ def _check_inputs(op: Operation) -> None:
                 f"gradcheck: {name} must be float64, got {_array.dtype_name(x.dtype)}: finite differences in any "
                 "other dtype can't tell a right gradient from a wrong one"
             )
-        if not np.isfinite(_array.to_numpy(x)).all():
-            raise ValueError(f"gradcheck: {name} must be finite")
+        _check.array("gradcheck", name, x)  # its elements are all: no mask, no matrix product
+        values = host(x)
+        if not np.isfinite(values).all():
+            raise ValueError(f"gradcheck: {name} must be finite, got {values[~np.isfinite(values)][0]}")

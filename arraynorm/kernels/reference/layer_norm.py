@@ -40,4 +40,5 @@ def layer_norm_backward(
     dy = _array.widen(dy)
     g = dy if weight is None else dy * _array.widen(weight)
     dx = rstd * (g - mean_over(g, (1,)) - x_hat * mean_over(g * x_hat, (1,)))
-    return _array.store(dx, x.dtype, out), xp.sum(dy * x_hat, axis=0), xp.sum(dy, axis=0)
+    dweight, dbias = xp.sum(dy * x_hat, axis=0), xp.sum(dy, axis=0)  # before dx is written, perhaps over dy
+    return _array.store(dx, x.dtype, out), dweight, dbias

@@ -58,8 +58,10 @@ def quantized_batch_norm_relu(
 
 
 def _dequantized_affine(x: Array, a: Array, b: Array, x_scale: float, x_zero_point: int) -> Array:
+    xp = _array.array_namespace(x)
     a, b = (_array.per_channel(s, axis=1, ndim=3) for s in (a, b))
-    return (_array.widen(x) - x_zero_point) * x_scale * a + b
+    v = (_array.widen(x) - x_zero_point) * x_scale * a + b
+    return xp.where(xp.isnan(v), b, v)  # of finite factors only an overflow times 0 gives NaN, and it means 0
 
 
 def _requantize(v: Array, scale: float, zero_point: int, dtype: object, out: Array | None) -> Array:

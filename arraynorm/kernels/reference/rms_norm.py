@@ -34,4 +34,5 @@ def rms_norm_backward(dy: Array, x: Array, rstd: Array, weight: Array | None, ou
     dy = _array.widen(dy)
     g = dy if weight is None else dy * _array.widen(weight)
     dx = rstd * (g - x_hat * mean_over(g * x_hat, (1,)))
-    return _array.store(dx, x.dtype, out), xp.sum(dy * x_hat, axis=0)
+    dweight = xp.sum(dy * x_hat, axis=0)  # before dx is written, perhaps over dy
+    return _array.store(dx, x.dtype, out), dweight
