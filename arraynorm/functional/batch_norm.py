@@ -125,7 +125,8 @@ def batch_norm_forward(
     ValueError
         One value per channel (over all ranks); a wrong shape, axis or eps; `out` read-only or overlapping.
     TypeError
-        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices.
+        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices; an option of
+        another type than its own.
     SyncMismatchError
         With `comm`: on every rank, if the ranks' calls differ or one of them raises one of the above.
 
@@ -246,7 +247,7 @@ def batch_norm_frozen_forward(
     ----------
     x : array (N, C, ...), float16, bfloat16, float32 or float64
     mean, var : array (C,), any of these dtypes
-        Running statistics, as `update_running_stats` keeps them.
+        Running statistics, as `update_running_stats` keeps them. A negative variance gives NaN.
     weight, bias, axis, eps, out
         As for `batch_norm_forward`. Nothing is communicated, and one value per channel is enough.
 

@@ -82,7 +82,8 @@ def group_norm_forward(
     ValueError
         C is not divisible by num_groups; a wrong shape, axis or eps; `out` read-only or overlapping.
     TypeError
-        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices.
+        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices; an option of
+        another type than its own.
 
     Notes
     -----

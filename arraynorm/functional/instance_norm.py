@@ -83,7 +83,8 @@ def instance_norm_forward(
     ValueError
         One spatial element; a wrong shape, axis or eps; `out` read-only or overlapping.
     TypeError
-        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices.
+        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices; an option of
+        another type than its own.
 
     References
     ----------

@@ -74,7 +74,8 @@ def rms_norm_forward(
     ValueError
         x does not end with normalized_shape; a wrong shape or eps; `out` read-only or overlapping.
     TypeError
-        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices.
+        A dtype that is not one of the four; arrays of different libraries; masked arrays and matrices; an option of
+        another type than its own.
 
     References
     ----------
