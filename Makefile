@@ -35,7 +35,7 @@ parity: .venv/dev/torch
 	cd tests && ARRAYNORM_TEST_INSTALLED=1 ../.venv/dev/bin/pytest -n $(JOBS) -m parity
 
 violations: .venv/dev/installed
-	.venv/dev/bin/python tests/violations.py --count 10
+	.venv/dev/bin/python tests/plant.py --count 10
 
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
