@@ -1,4 +1,4 @@
-"""arraynorm: every normalization layer, forward and backward, on plain arrays.
+"""arraynorm: normalization layers, forward and backward, on plain arrays.
 
 `arraynorm.layers` are objects with parameters and running statistics, `arraynorm.functional` pure functions (both are
 also here); `arraynorm.distributed` shares batch statistics over ranks; `arraynorm.testing` checks gradients.

@@ -64,6 +64,15 @@ def device(array: Array) -> Any:
 _namespace_of_numpy = array_api_compat.array_namespace(np.empty(0))
 
 
+def cupy() -> Any:
+    """The module cupy."""
+    try:
+        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise RuntimeError("cuda: CuPy is not installed; pip install arraynorm[cuda13] or arraynorm[cuda12]") from error
+    return cupy
+
+
 # -- dtypes ----------------------------------------------------------------------------------------------------
 
 
@@ -220,9 +229,11 @@ def assign(target: Array, value: Array, *apart_from: Array) -> Array:
         value = array_namespace(value).astype(value, target.dtype)
     if takes_out(target) and (overlaps_itself(target) or any(may_overlap(target, other) for other in apart_from)):
         return value
+    if is_read_only(target):
+        return value
     try:
         target[...] = value
-    except (TypeError, ValueError):  # JAX arrays are immutable; NumPy arrays may be read-only
+    except TypeError:  # JAX arrays are immutable
         return value
     return target
 

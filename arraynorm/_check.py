@@ -58,13 +58,17 @@ def input_array(function: str, name: str, x: Array) -> None:
         )
 
 
-def companion(function: str, x: Array, name: str, value: Array | None, shape: tuple[int, ...]) -> None:
-    """A floating array of x's library with the given shape (a parameter, a buffer, dy); None is no array."""
-    if value is None:
-        return
+def companion(function: str, x: Array, name: str, value: Array, shape: tuple[int, ...]) -> None:
+    """A floating array of x's library with the given shape: dy, a statistic, a buffer."""
     floating(function, name, value)
     same_library(function, x, name, value)
     has_shape(function, name, value, shape)
+
+
+def optional_companion(function: str, x: Array, name: str, value: Array | None, shape: tuple[int, ...]) -> None:
+    """A companion that may be None: a parameter, an addend."""
+    if value is not None:
+        companion(function, x, name, value, shape)
 
 
 def has_shape(function: str, name: str, value: Array, shape: tuple[int, ...]) -> None:
@@ -281,10 +285,11 @@ def communicator(function: str, comm: object) -> None:
         )
 
 
-def cache_of(function: str, cache: object, kind: type[Any]) -> None:
-    """`cache` is what the matching forward returned."""
-    if not isinstance(cache, kind):
-        raise TypeError(f"{function}: cache must be a {kind.__name__}, got {type(cache).__qualname__}")
+def cache_of(function: str, cache: object, *kinds: type[Any]) -> None:
+    """`cache` is what a matching forward returned."""
+    if not isinstance(cache, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{function}: cache must be a {names}, got {type(cache).__qualname__}")
 
 
 # -- quantization ----------------------------------------------------------------------------------------------

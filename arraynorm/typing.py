@@ -33,7 +33,7 @@ class Communicator(Protocol):
         """Count, mean (C,) and sum of squared deviations (C,) of the union of all ranks' samples."""
 
     def allreduce_sum(self, a: Array) -> Array:
-        """The sum over ranks, added in an order that does not depend on timing."""
+        """The sum over ranks in float64, added in an order that does not depend on timing."""
 
 
 class AffineGradients(NamedTuple):

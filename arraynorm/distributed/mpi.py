@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from arraynorm import _array
 from arraynorm.distributed._communicator import HostCommunicator
 from arraynorm.distributed._moments import Float64Array
 
 
 def is_mpi4py(comm: object) -> bool:
     """Whether `comm` is an mpi4py object (asked without importing mpi4py)."""
-    return type(comm).__module__.partition(".")[0] == "mpi4py"
+    return _array.library(comm) == "mpi4py"
 
 
 class MPICommunicator(HostCommunicator):

@@ -1,28 +1,15 @@
-"""What batch norm and batch norm + add + ReLU share: checks of their forwards, statistics over ranks."""
+"""What batch norm and batch norm + add + ReLU share: given statistics, and those over ranks."""
 
 from __future__ import annotations
 
 from arraynorm import _array, _check
-from arraynorm.kernels.reference._moments import reciprocal_std
 from arraynorm.kernels.reference.batch_norm import batch_norm_stats
+from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import Array, Communicator
-
-
-def check_forward(
-    function: str, x: Array, weight: Array | None, bias: Array | None, axis: int, eps: float
-) -> tuple[int, float]:
-    """The checks of every batch norm's forward; axis and eps as they will be used."""
-    _check.input_array(function, "x", x)
-    _check.min_ndim(x, 2)
-    axis = _check.channel_axis(function, x, axis)
-    _check.companion(function, x, "weight", weight, (x.shape[axis],))
-    _check.companion(function, x, "bias", bias, (x.shape[axis],))
-    return axis, _check.epsilon(function, eps)
 
 
 def check_statistics(function: str, x: Array, mean: Array, var: Array, axis: int) -> None:
     for name, value in (("mean", mean), ("var", var)):
-        _check.floating(function, name, value)
         _check.companion(function, x, name, value, (x.shape[axis],))
 
 

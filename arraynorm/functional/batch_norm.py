@@ -8,21 +8,21 @@ from typing import NamedTuple
 from arraynorm import _array, _check
 from arraynorm.functional._agreement import agreement
 from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.functional._statistics import (
     batch_statistics,
-    check_forward,
     check_statistics,
     forward_fields,
     frozen_statistics,
     global_means,
 )
-from arraynorm.kernels.reference._moments import reciprocal_std
 from arraynorm.kernels.reference.batch_norm import (
     batch_norm_apply,
     batch_norm_backward_apply,
     batch_norm_backward_reduce,
     batch_norm_frozen_backward_apply,
 )
+from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import AffineGradients, Array, Communicator
 
 
@@ -179,7 +179,9 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache, *, out: Array | None =
     mean_dy, mean_dy_x_hat = global_means(sums, count, comm)
     view = _array.out_view(out, shape)
     dx = batch_norm_backward_apply(dy3, x3, mean, rstd, weight, mean_dy, mean_dy_x_hat, view)
-    return AffineGradients(_array.deliver(dx, x.shape, out, view), *parameter_gradients(sums, x, weight, bias))
+    return AffineGradients(
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, sums[1]), (bias, sums[0]))
+    )
 
 
 def _forward(
@@ -196,11 +198,8 @@ def _forward(
     function = "batch_norm"
     _check.communicator(function, comm)
     with agreement(comm) as fields:
-        axis, eps = check_forward(function, x, weight, bias, axis, eps)
-        if keep:
-            _check.output(function, "out", out, x, apart_from=(x, weight, bias))
-        else:
-            _check.output(function, "out", out, x, apart_from=(weight, bias), may_be=(x,))
+        axis, eps = check_channels(function, x, weight, bias, axis, eps)
+        check_output(function, out, x, (weight, bias), keep=keep)
         fields.update(forward_fields(function, x, weight, bias, axis, eps, keep))
     shape = _array.channel_view(x.shape, axis)
     x3 = _array.array_namespace(x).reshape(x, shape)
@@ -294,7 +293,9 @@ def batch_norm_frozen_backward(dy: Array, cache: FrozenBatchNormCache, *, out: A
     sums = batch_norm_backward_reduce(dy3, x3, mean, rstd)
     view = _array.out_view(out, shape)
     dx = batch_norm_frozen_backward_apply(dy3, x3, rstd, weight, view)
-    return AffineGradients(_array.deliver(dx, x.shape, out, view), *parameter_gradients(sums, x, weight, bias))
+    return AffineGradients(
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, sums[1]), (bias, sums[0]))
+    )
 
 
 def _frozen_forward(
@@ -310,13 +311,9 @@ def _frozen_forward(
     keep: bool,
 ) -> tuple[Array, FrozenBatchNormCache]:
     function = "batch_norm_frozen"
-    axis, eps = check_forward(function, x, weight, bias, axis, eps)
+    axis, eps = check_channels(function, x, weight, bias, axis, eps)
     check_statistics(function, x, mean, var, axis)
-    given = (mean, var, weight, bias)
-    if keep:
-        _check.output(function, "out", out, x, apart_from=(x, *given))
-    else:
-        _check.output(function, "out", out, x, apart_from=given, may_be=(x,))
+    check_output(function, out, x, (mean, var, weight, bias), keep=keep)
     mean, rstd = frozen_statistics(mean, var, eps)
     shape = _array.channel_view(x.shape, axis)
     view = _array.out_view(out, shape)

@@ -8,21 +8,21 @@ from typing import NamedTuple
 from arraynorm import _array, _check
 from arraynorm.functional._agreement import agreement
 from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.functional._statistics import (
     batch_statistics,
-    check_forward,
     check_statistics,
     forward_fields,
     frozen_statistics,
     global_means,
 )
-from arraynorm.kernels.reference._moments import reciprocal_std
 from arraynorm.kernels.reference.batch_norm_add_relu import (
     batch_norm_add_relu_apply,
     batch_norm_add_relu_backward_apply,
     batch_norm_add_relu_backward_reduce,
     batch_norm_add_relu_frozen_backward_apply,
 )
+from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import AddReluGradients, Array, Communicator
 
 Out = Array | tuple[Array | None, Array | None] | None
@@ -169,7 +169,7 @@ def batch_norm_add_relu_backward(dy: Array, cache: BatchNormAddReluCache, *, out
     return AddReluGradients(
         _array.deliver(dx, x.shape, out, view),
         None if daddend is None else _array.deliver(daddend, x.shape, out_addend, view_addend),
-        *parameter_gradients(sums, x, weight, bias),
+        *parameter_gradients(x, (weight, sums[1]), (bias, sums[0])),
     )
 
 
@@ -188,8 +188,9 @@ def _forward(
     function = "batch_norm_add_relu"
     _check.communicator(function, comm)
     with agreement(comm) as fields:
-        axis, eps = check_forward(function, x, weight, bias, axis, eps)
-        _check_addend(function, x, addend, out, keep, (weight, bias))
+        axis, eps = check_channels(function, x, weight, bias, axis, eps)
+        _check.optional_companion(function, x, "addend", addend, tuple(x.shape))
+        check_output(function, out, x, (weight, bias), keep=keep, may_be=(addend,))
         fields.update(forward_fields(function, x, weight, bias, axis, eps, keep))
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
@@ -291,7 +292,7 @@ def batch_norm_add_relu_frozen_backward(
     return AddReluGradients(
         _array.deliver(dx, x.shape, out, view),
         None if daddend is None else _array.deliver(daddend, x.shape, out_addend, view_addend),
-        *parameter_gradients(sums, x, weight, bias),
+        *parameter_gradients(x, (weight, sums[1]), (bias, sums[0])),
     )
 
 
@@ -309,9 +310,10 @@ def _frozen_forward(
     keep: bool,
 ) -> tuple[Array, FrozenBatchNormAddReluCache]:
     function = "batch_norm_add_relu_frozen"
-    axis, eps = check_forward(function, x, weight, bias, axis, eps)
+    axis, eps = check_channels(function, x, weight, bias, axis, eps)
     check_statistics(function, x, mean, var, axis)
-    _check_addend(function, x, addend, out, keep, (mean, var, weight, bias))
+    _check.optional_companion(function, x, "addend", addend, tuple(x.shape))
+    check_output(function, out, x, (mean, var, weight, bias), keep=keep, may_be=(addend,))
     mean, rstd = frozen_statistics(mean, var, eps)
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
@@ -323,21 +325,6 @@ def _frozen_forward(
 
 
 # -- checks ----------------------------------------------------------------------------------------------------
-
-
-def _check_addend(
-    function: str,
-    x: Array,
-    addend: Array | None,
-    out: Array | None,
-    keep: bool,
-    parameters: tuple[Array | None, ...],
-) -> None:
-    _check.companion(function, x, "addend", addend, tuple(x.shape))
-    if keep:  # the cache refers to x
-        _check.output(function, "out", out, x, apart_from=(x, *parameters), may_be=(addend,))
-    else:
-        _check.output(function, "out", out, x, apart_from=parameters, may_be=(x, addend))
 
 
 def _check_backward(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.kernels.reference.group_norm import group_norm_backward as backward_kernel
 from arraynorm.kernels.reference.group_norm import group_norm_forward as forward_kernel
 from arraynorm.typing import AffineGradients, Array
@@ -126,7 +127,7 @@ def group_norm_backward(dy: Array, cache: GroupNormCache, *, out: Array | None =
     view = _array.out_view(out, shape)
     dx, dweight, dbias = backward_kernel(xp.reshape(dy, shape), xp.reshape(x, shape), mean, rstd, weight, view)
     return AffineGradients(
-        _array.deliver(dx, x.shape, out, view), *parameter_gradients((dbias, dweight), x, weight, bias)
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, dweight), (bias, dbias))
     )
 
 
@@ -142,34 +143,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, GroupNormCache]:
     function = "group_norm"
-    axis, eps = check_forward(function, x, weight, bias, axis, eps, out, keep=keep)
+    axis, eps = check_channels(function, x, weight, bias, axis, eps, first=1)
+    check_output(function, out, x, (weight, bias), keep=keep)
     num_groups = _check.groups(function, num_groups, x.shape[axis])
     shape = _array.sample_view(x.shape, axis)
     view = _array.out_view(out, shape)
     x4 = _array.array_namespace(x).reshape(x, shape)
     y, mean, _, rstd = forward_kernel(x4, num_groups, weight, bias, eps, view)
     return _array.deliver(y, x.shape, out, view), GroupNormCache(x, weight, bias, mean, rstd, axis)
-
-
-def check_forward(
-    function: str,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    axis: int,
-    eps: float,
-    out: Array | None,
-    *,
-    keep: bool,
-) -> tuple[int, float]:
-    """The checks that group and instance norm share; axis and eps as they will be used."""
-    _check.input_array(function, "x", x)
-    _check.min_ndim(x, 2)
-    axis = _check.channel_axis(function, x, axis, first=1)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        _check.companion(function, x, name, parameter, (x.shape[axis],))
-    if keep:
-        _check.output(function, "out", out, x, apart_from=(x, weight, bias))
-    else:
-        _check.output(function, "out", out, x, apart_from=(weight, bias), may_be=(x,))
-    return axis, _check.epsilon(function, eps)

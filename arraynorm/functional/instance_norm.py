@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._backward import check_backward, parameter_gradients
-from arraynorm.functional.group_norm import check_forward
+from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.kernels.reference.instance_norm import instance_norm_backward as backward_kernel
 from arraynorm.kernels.reference.instance_norm import instance_norm_forward as forward_kernel
 from arraynorm.typing import AffineGradients, Array
@@ -123,7 +123,7 @@ def instance_norm_backward(dy: Array, cache: InstanceNormCache, *, out: Array | 
     view = _array.out_view(out, shape)
     dx, dweight, dbias = backward_kernel(xp.reshape(dy, shape), xp.reshape(x, shape), mean, rstd, weight, view)
     return AffineGradients(
-        _array.deliver(dx, x.shape, out, view), *parameter_gradients((dbias, dweight), x, weight, bias)
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, dweight), (bias, dbias))
     )
 
 
@@ -138,7 +138,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, InstanceNormCache]:
     function = "instance_norm"
-    axis, eps = check_forward(function, x, weight, bias, axis, eps, out, keep=keep)
+    axis, eps = check_channels(function, x, weight, bias, axis, eps, first=1)
+    check_output(function, out, x, (weight, bias), keep=keep)
     shape = _array.sample_view(x.shape, axis)
     count = shape[1] * shape[3]
     _check.more_than_one_spatial_element(count, tuple(x.shape))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._backward import check_backward, parameter_gradients
+from arraynorm.functional._forward import check_output, check_rows
 from arraynorm.kernels.reference.layer_norm import layer_norm_backward as backward_kernel
 from arraynorm.kernels.reference.layer_norm import layer_norm_forward as forward_kernel
 from arraynorm.typing import AffineGradients, Array
@@ -117,8 +118,10 @@ def layer_norm_backward(dy: Array, cache: LayerNormCache, *, out: Array | None =
     view = _array.out_view(out, shape)
     flat_weight = _array.flat(weight)
     dx, dweight, dbias = backward_kernel(xp.reshape(dy, shape), xp.reshape(x, shape), mean, rstd, flat_weight, view)
-    sums = (xp.reshape(dbias, normalized_shape), xp.reshape(dweight, normalized_shape))
-    return AffineGradients(_array.deliver(dx, x.shape, out, view), *parameter_gradients(sums, x, weight, bias))
+    dweight, dbias = (xp.reshape(gradient, normalized_shape) for gradient in (dweight, dbias))
+    return AffineGradients(
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, dweight), (bias, dbias))
+    )
 
 
 def _forward(
@@ -132,33 +135,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, LayerNormCache]:
     function = "layer_norm"
-    normalized_shape = check_rows(function, x, normalized_shape, (("weight", weight), ("bias", bias)), out, keep=keep)
+    normalized_shape = check_rows(function, x, normalized_shape, weight=weight, bias=bias)
+    check_output(function, out, x, (weight, bias), keep=keep)
     eps = _check.epsilon(function, eps)
     shape = _array.row_view(x.shape, len(normalized_shape))
     view = _array.out_view(out, shape)
     x2 = _array.array_namespace(x).reshape(x, shape)
     y, mean, rstd = forward_kernel(x2, _array.flat(weight), _array.flat(bias), eps, view)
     return _array.deliver(y, x.shape, out, view), LayerNormCache(x, weight, bias, mean, rstd, normalized_shape)
-
-
-def check_rows(
-    function: str,
-    x: Array,
-    normalized_shape: int | Sequence[int],
-    parameters: Sequence[tuple[str, Array | None]],
-    out: Array | None,
-    *,
-    keep: bool,
-) -> tuple[int, ...]:
-    """The checks that layer and RMS norm share; normalized_shape as a tuple."""
-    _check.input_array(function, "x", x)
-    shape = _check.normalized_shape(function, normalized_shape)
-    _check.ends_with(x, shape)
-    for name, parameter in parameters:
-        _check.companion(function, x, name, parameter, shape)
-    given = tuple(parameter for _, parameter in parameters)
-    if keep:
-        _check.output(function, "out", out, x, apart_from=(x, *given))
-    else:
-        _check.output(function, "out", out, x, apart_from=given, may_be=(x,))
-    return shape

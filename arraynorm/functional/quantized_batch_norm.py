@@ -113,7 +113,7 @@ def _run(
     axis = _check.channel_axis(function, xq, axis)
     check_statistics(function, xq, mean, var, axis)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        _check.companion(function, xq, name, parameter, (xq.shape[axis],))
+        _check.optional_companion(function, xq, name, parameter, (xq.shape[axis],))
     eps = _check.epsilon(function, eps)
     x_scale, y_scale = _check.scale(function, "x_scale", x_scale), _check.scale(function, "y_scale", y_scale)
     x_zero_point = _check.zero_point(function, "x_zero_point", x_zero_point, xq)

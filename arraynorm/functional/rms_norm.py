@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from arraynorm import _array, _check
 from arraynorm.functional._backward import check_backward, parameter_gradients
-from arraynorm.functional.layer_norm import check_rows
+from arraynorm.functional._forward import check_output, check_rows
 from arraynorm.kernels.reference.rms_norm import rms_norm_backward as backward_kernel
 from arraynorm.kernels.reference.rms_norm import rms_norm_forward as forward_kernel
 from arraynorm.typing import Array, RMSNormGradients
@@ -112,10 +112,9 @@ def rms_norm_backward(dy: Array, cache: RMSNormCache, *, out: Array | None = Non
     shape = _array.row_view(x.shape, len(normalized_shape))
     xp = _array.array_namespace(x)
     view = _array.out_view(out, shape)
-    dx, sum_dy_x_hat = backward_kernel(xp.reshape(dy, shape), xp.reshape(x, shape), rstd, _array.flat(weight), view)
-    sum_dy_x_hat = xp.reshape(sum_dy_x_hat, normalized_shape)
-    dweight, _ = parameter_gradients((sum_dy_x_hat, sum_dy_x_hat), x, weight, None)
-    return RMSNormGradients(_array.deliver(dx, x.shape, out, view), dweight)
+    dx, dweight = backward_kernel(xp.reshape(dy, shape), xp.reshape(x, shape), rstd, _array.flat(weight), view)
+    dweight = xp.reshape(dweight, normalized_shape)
+    return RMSNormGradients(_array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, dweight)))
 
 
 def _forward(
@@ -128,7 +127,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, RMSNormCache]:
     function = "rms_norm"
-    normalized_shape = check_rows(function, x, normalized_shape, (("weight", weight),), out, keep=keep)
+    normalized_shape = check_rows(function, x, normalized_shape, weight=weight)
+    check_output(function, out, x, (weight,), keep=keep)
     if eps is None:
         eps = float(_array.array_namespace(x).finfo(_array.widest_dtype(x, weight)).eps)
     eps = _check.epsilon(function, eps)

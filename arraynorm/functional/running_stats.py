@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from arraynorm import _array, _check
 from arraynorm.functional.batch_norm import BatchNormCache
 from arraynorm.functional.batch_norm_add_relu import BatchNormAddReluCache
 from arraynorm.functional.instance_norm import InstanceNormCache
-from arraynorm.kernels.reference._moments import mean_over
+from arraynorm.kernels.reference.moments import mean_over
 from arraynorm.kernels.reference.running_stats import exponential_average, unbiased
 from arraynorm.typing import Array
 
@@ -43,10 +45,8 @@ def update_running_stats(
         A wrong shape, dtype, library or momentum; something that is no such cache.
     """
     function = "update_running_stats"
-    if not isinstance(cache, Cache):
-        _check.cache_of(function, cache, BatchNormCache)
+    _check.cache_of(function, cache, *get_args(Cache))
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        _check.floating(function, name, value)
         _check.companion(function, cache.mean, name, value, (cache.mean.shape[-1],))
     momentum = _check.momentum(function, momentum)
     mean, var, count = cache.mean, cache.var, cache.n

@@ -5,7 +5,8 @@ from arraynorm.layers.fused_batch_norm import FusedBatchNorm, FusedBatchNorm1d, 
 from arraynorm.layers.group_norm import GroupNorm
 from arraynorm.layers.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from arraynorm.layers.layer_norm import LayerNorm
-from arraynorm.layers.module import Module, no_grad
+from arraynorm.layers.module import Module
+from arraynorm.layers.no_grad import no_grad
 from arraynorm.layers.quantized_batch_norm import (
     QuantizedBatchNorm2d,
     QuantizedBatchNorm3d,

@@ -26,16 +26,16 @@ class RunningStatsModule(AffineModule):
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *,
-        bias: bool,
-        axis: int,
-        xp: ModuleType | None,
-        device: Any,
-        dtype: Any,
+        bias: bool = True,
+        axis: int = 1,
+        xp: ModuleType | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__

@@ -6,7 +6,7 @@ import numbers
 from typing import Any, Self
 
 from arraynorm import _fields, distributed
-from arraynorm.layers.module import Module
+from arraynorm.layers.batch_norm import BatchNorm
 from arraynorm.typing import Array, Communicator
 
 
@@ -14,8 +14,8 @@ class _Lost:
     """Stands where a layer had a communicator before it was pickled."""
 
 
-class SynchronizedModule(Module):
-    """A module with a `comm`: a communicator, a raw mpi4py one (wrapped once), or None for the whole world."""
+class SynchronizedBatchNorm(BatchNorm):
+    """Batch norm with a `comm`: a communicator, a raw mpi4py one (wrapped once), or None for the whole world."""
 
     _comm: Communicator | _Lost | None
 
@@ -51,7 +51,7 @@ class SynchronizedModule(Module):
 class _LayerCommunicator:
     """A communicator whose agreement rounds also compare the layers that meet in them."""
 
-    def __init__(self, comm: Communicator, layer: Any) -> None:
+    def __init__(self, comm: Communicator, layer: BatchNorm) -> None:
         self._comm = comm
         fields: dict[str, _fields.Field] = {"layer": type(layer).__name__}
         if layer._moves_running_stats():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, ClassVar
 
 from arraynorm.functional._agreement import refusal
@@ -68,33 +67,6 @@ class BatchNorm(RunningStatsModule):
         BatchNormCache: batch_norm_backward,
         FrozenBatchNormCache: batch_norm_frozen_backward,
     }
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        axis: int = 1,
-        xp: ModuleType | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            bias=bias,
-            axis=axis,
-            xp=xp,
-            device=device,
-            dtype=dtype,
-        )
 
     def forward(self, x: Array) -> Array:
         """y, in x's shape and dtype."""

@@ -15,12 +15,11 @@ from arraynorm.functional.batch_norm_add_relu import (
     batch_norm_add_relu_frozen_backward,
     batch_norm_add_relu_frozen_forward,
 )
-from arraynorm.layers._synchronized import SynchronizedModule
-from arraynorm.layers.batch_norm import BatchNorm
+from arraynorm.layers._synchronized import SynchronizedBatchNorm
 from arraynorm.typing import Array, InputGradients
 
 
-class FusedBatchNorm(SynchronizedModule, BatchNorm):
+class FusedBatchNorm(SynchronizedBatchNorm):
     """Batch norm, plus an addend, then ReLU, over inputs of any rank from 2: y = relu(batch_norm(x) + addend).
 
     Parameters

@@ -10,13 +10,13 @@ import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from arraynorm import _array, _check
 from arraynorm.layers import _state
+from arraynorm.layers._hooks import HookHandle
+from arraynorm.layers.no_grad import grad_enabled
 from arraynorm.typing import Array
 
 M = TypeVar("M", bound="Module")
@@ -24,29 +24,7 @@ M = TypeVar("M", bound="Module")
 ForwardPreHook = Callable[["Module", tuple[Any, ...]], Any]
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
 
-_grad_enabled: ContextVar[bool] = ContextVar("arraynorm_grad_enabled", default=True)
-_hook_numbers = itertools.count()
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """In this context layers keep no cache, so there is nothing to call backward on. Nests; one setting per thread."""
-    token = _grad_enabled.set(False)
-    try:
-        yield
-    finally:
-        _grad_enabled.reset(token)
-
-
-class HookHandle:
-    """What registering a hook returns; `remove()` takes the hook away again."""
-
-    def __init__(self, hooks: dict[int, Any], hook: Any) -> None:
-        self._hooks, self._number = hooks, next(_hook_numbers)
-        hooks[self._number] = hook
-
-    def remove(self) -> None:
-        self._hooks.pop(self._number, None)
+_STORES = ("_parameters", "_buffers", "_modules")
 
 
 class Gradient(NamedTuple):
@@ -88,7 +66,9 @@ class Module:
     # -- attributes ------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        for store in ("_parameters", "_buffers", "_modules"):
+        if name in _STORES:
+            raise AttributeError(f"{type(self).__name__}: call super().__init__() before anything is assigned")
+        for store in _STORES:
             entries = self.__dict__.get(store, {})
             if name in entries:
                 return entries[name]
@@ -108,6 +88,7 @@ class Module:
             if name in store:
                 del store[name]
                 self.grads.pop(name, None)
+                self._transient.discard(name)
                 return
         object.__delattr__(self, name)
 
@@ -172,7 +153,7 @@ class Module:
 
     def keep(self, cache: Any) -> None:
         """Keep what backward needs, unless under `no_grad` (where a call in eval writes no attribute at all)."""
-        if _grad_enabled.get():
+        if grad_enabled():
             self._cache = cache
 
     def kept(self) -> Any:
@@ -190,18 +171,32 @@ class Module:
             module._cache = None
 
     def accumulate_gradient(self, name: str, gradient: Array | None) -> None:
-        """Add `gradient` to `grads[name]`; nothing where it is None or after `requires_grad_(False)`."""
-        if gradient is None or not self._requires_grad:
+        """Add `gradient` to `grads[name]`; nothing where it is None or after `requires_grad_(False)`.
+
+        The gradient has the parameter's shape; the first one is copied.
+        """
+        parameter = self._parameters.get(name)
+        if parameter is None or gradient is None or not self._requires_grad:
+            if name not in self._parameters:
+                raise ValueError(f"{type(self).__name__}: name must be a parameter's, got {name!r}")
             return
+        _check.companion(type(self).__name__, parameter, f"the gradient of {name}", gradient, tuple(parameter.shape))
         held = self.grads[name]
-        self.grads[name] = gradient if held is None else _array.assign(held, held + gradient)
+        if held is None:
+            self.grads[name] = _array.array_namespace(gradient).asarray(gradient, copy=True)
+        else:
+            self.grads[name] = _array.assign(held, held + gradient)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; with `set_to_none=False` fill them with zeros."""
         for module in self.modules():
             for name, gradient in module.grads.items():
                 if gradient is not None:
-                    module.grads[name] = None if set_to_none else _array.assign(gradient, gradient * 0)
+                    module.grads[name] = (
+                        None
+                        if set_to_none
+                        else _array.assign(gradient, _array.array_namespace(gradient).zeros_like(gradient))
+                    )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Whether backward computes parameters' gradients; dx does not depend on it."""
@@ -210,11 +205,15 @@ class Module:
         return self
 
     def named_gradients(self, prefix: str = "", recurse: bool = True) -> Iterator[Gradient]:
-        """(name, parameter, gradient) of every parameter that has a gradient: what an optimizer loops over."""
-        for path, module, name, parameter in self._entries("_parameters", prefix, recurse):
-            gradient = module.grads.get(name)
-            if gradient is not None:
-                yield Gradient(path, parameter, gradient)
+        """(name, parameter, gradient) of every parameter that has a gradient: what an optimizer loops over.
+
+        A parameter that two modules share comes once for each, with the gradient that it got there: the steps add up.
+        """
+        for path, module in self.named_modules(prefix) if recurse else ((prefix, self),):
+            for name, parameter in module._parameters.items():
+                gradient = module.grads.get(name)
+                if parameter is not None and gradient is not None:
+                    yield Gradient(f"{path}.{name}" if path else name, parameter, gradient)
 
     # -- the tree --------------------------------------------------------------------------------------------
 
@@ -232,24 +231,31 @@ class Module:
         return walk(prefix, self)
 
     def modules(self) -> Iterator[Module]:
+        """This module and all below it, as `named_modules`."""
         return (module for _, module in self.named_modules())
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of the children, without those below them."""
         return ((name, child) for name, child in self._modules.items() if child is not None)
 
     def children(self) -> Iterator[Module]:
+        """The children, without those below them."""
         return (child for _, child in self.named_children())
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array]]:
+        """(dotted name, array) of all parameters that are not None, each once; `recurse=False`: this module's."""
         return ((path, array) for path, _, _, array in self._entries("_parameters", prefix, recurse))
 
     def parameters(self, recurse: bool = True) -> Iterator[Array]:
+        """All parameters, as `named_parameters`."""
         return (array for _, array in self.named_parameters(recurse=recurse))
 
     def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Array]]:
+        """(dotted name, array) of all buffers that are not None, each once; `recurse=False`: this module's."""
         return ((path, array) for path, _, _, array in self._entries("_buffers", prefix, recurse))
 
     def buffers(self, recurse: bool = True) -> Iterator[Array]:
+        """All buffers, as `named_buffers`."""
         return (array for _, array in self.named_buffers(recurse=recurse))
 
     def _entries(self, store: str, prefix: str, recurse: bool) -> Iterator[tuple[str, Module, str, Array]]:
@@ -307,12 +313,7 @@ class Module:
 
     def cuda(self, device: Any = None) -> Self:
         """Move all arrays to CuPy, on `device` (the current one by default)."""
-        try:
-            import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        except ImportError as error:
-            raise RuntimeError(
-                "cuda: CuPy is not installed; pip install arraynorm[cuda13] or arraynorm[cuda12]"
-            ) from error
+        cupy = _array.cupy()
         with cupy.cuda.Device(device):
             return self.to(cupy)
 
@@ -344,10 +345,14 @@ class Module:
     def _convert(self, function: Callable[[Module, str, Array], Array]) -> Self:
         """Replace every array by `function` of it, and drop the caches; nothing changes if a call fails."""
         stores = [(m, store) for m in self.modules() for store in (m._parameters, m._buffers, m.grads)]
-        converted = [
-            {name: None if array is None else function(module, name, array) for name, array in store.items()}
-            for module, store in stores
-        ]
+        done: dict[int, Array] = {}  # an array that stands in two places stays one
+
+        def convert(module: Module, name: str, array: Array | None) -> Array | None:
+            if array is not None and id(array) not in done:
+                done[id(array)] = function(module, name, array)
+            return None if array is None else done[id(array)]
+
+        converted = [{name: convert(m, name, array) for name, array in store.items()} for m, store in stores]
         for (_, store), new in zip(stores, converted, strict=True):
             store.update(new)
         self.clear_cache()

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from arraynorm import distributed
-from arraynorm.layers._synchronized import SynchronizedModule
+from arraynorm.layers._synchronized import SynchronizedBatchNorm
 from arraynorm.layers.batch_norm import BatchNorm
 from arraynorm.layers.fused_batch_norm import FusedBatchNorm
 from arraynorm.layers.module import Module
@@ -15,8 +15,8 @@ from arraynorm.typing import Array
 M = TypeVar("M", bound=Module)
 
 
-class SyncBatchNorm(SynchronizedModule, BatchNorm):
-    """Batch norm with the statistics of all ranks' samples: exactly `BatchNorm` on the concatenated batch.
+class SyncBatchNorm(SynchronizedBatchNorm):
+    """Batch norm with the statistics of all ranks' samples: `BatchNorm` on the concatenated batch, to rounding.
 
     Ranks may have different numbers of samples, or none. Works on CPU arrays (torch's refuses them). Eval never
     communicates. With one rank it is `BatchNorm`, bit for bit.

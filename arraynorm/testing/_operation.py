@@ -82,21 +82,32 @@ def _operation_of_module(module: Module, inputs: Sequence[Array | None]) -> Oper
     pristine = copy.deepcopy(module).double().requires_grad_()
     pristine.zero_grad()
     parameters = dict(pristine.named_parameters())
+    places = {  # (owner, name): a tied parameter has several
+        path: [
+            (owner, name) for owner, m in pristine.named_modules() for name, p in m._parameters.items() if p is array
+        ]
+        for path, array in parameters.items()
+    }
     count = len(inputs)
 
     def forward(*arrays: Array) -> tuple[Array, Any]:
         layer = copy.deepcopy(pristine)  # a training forward moves running statistics: each starts from the same ones
         owners = dict(layer.named_modules())
         for path, array in zip(parameters, arrays[count:], strict=True):
-            owner, _, name = path.rpartition(".")
-            setattr(owners[owner], name, array)
+            for owner, name in places[path]:
+                setattr(owners[owner], name, array)
         return layer(*arrays[:count]), layer
 
     def backward(dy: Array, layer: Any) -> Sequence[Array | None]:
         dx = layer.backward(dy)
         dx = dx if isinstance(dx, tuple) else (dx,)
-        gradients = {name: gradient for name, _, gradient in layer.named_gradients()}
-        return [*dx[:count], *(gradients.get(name) for name in parameters), *dx[count:]]
+        owners = dict(layer.named_modules())
+
+        def gradient(path: str) -> Array | None:
+            found = [g for owner, name in places[path] if (g := owners[owner].grads.get(name)) is not None]
+            return sum(found[1:], found[0]) if found else None
+
+        return [*dx[:count], *map(gradient, parameters), *dx[count:]]
 
     names = _argument_names(module.forward, count) + [f"parameter {name}" for name in parameters]
     return Operation(forward, backward, (*inputs, *parameters.values()), names)

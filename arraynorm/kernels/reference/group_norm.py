@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from arraynorm import _array
 from arraynorm.kernels._kernel import Kernel
-from arraynorm.kernels.reference._moments import mean_over, moments, reciprocal_std
+from arraynorm.kernels.reference.moments import mean_over, moments, reciprocal_std
 from arraynorm.typing import Array
 
 # x seen as (N, A, G, K, B): G groups of K channels.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from arraynorm import _array
 from arraynorm.kernels._kernel import Kernel
-from arraynorm.kernels.reference._moments import reciprocal_std
+from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import Array
 
 
