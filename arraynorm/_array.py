@@ -300,6 +300,15 @@ def from_numpy(array: np.ndarray[Any, Any], xp: Any, device: Any = None) -> Arra
     return xp.asarray(array, device=device)
 
 
+def as_saved(value: Any, target: Array) -> Any:
+    """`value`, or, where a file has kept only the bits of its bfloat16 elements, those elements."""
+    if getattr(value, "dtype", None) == np.dtype("V2") and dtype_name(target.dtype) == "bfloat16":
+        import ml_dtypes
+
+        return value.view(ml_dtypes.bfloat16)
+    return value
+
+
 def move(array: Array, xp: Any, device: Any = None) -> Array:
     """`array` in the library of namespace `xp` (itself where it is there already and no device is asked for)."""
     if array_namespace(array) is xp:

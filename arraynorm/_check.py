@@ -1,4 +1,4 @@
-"""Every check of user input, and the wording of every ValueError and TypeError.
+"""The checks of arrays and settings, and the wording of their errors.
 
 A message says function, argument, rule and value: `batch_norm: weight must have shape (64,), got (32,)`.
 Where torch has an established text (`expected 4D input (got 3D input)`), users search for that one, so it is kept.

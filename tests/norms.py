@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import arraynorm as an
 import oracle
+from arraynorm.kernels import Kernel, reference
 from data import Host, hard_names
 from namespaces import NAMESPACES, Namespace
 
@@ -102,3 +105,11 @@ def exact(example: Example, arrays: dict[str, Any], **more: Any) -> oracle.Norm:
     """The oracle's norm of NumPy arrays."""
     norm: oracle.Norm = getattr(oracle, example.op)(**arrays, **example.options, **more)
     return norm
+
+
+def kernels() -> dict[str, Kernel]:
+    """All kernels of the package, by name."""
+    modules = [
+        importlib.import_module(f"{reference.__name__}.{m.name}") for m in pkgutil.iter_modules(reference.__path__)
+    ]
+    return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Kernel)}

@@ -65,6 +65,7 @@ def load(root: Module, state_dict: Mapping[str, Array], strict: bool) -> Incompa
 
 def _fitted(key: str, value: Any, target: Array) -> tuple[str | None, Array]:
     """A fault or None, and a copy of `value` in target's library: it may be another array of the same module."""
+    value = _array.as_saved(value, target)
     try:
         _check.array("load_state_dict", f"the layer's {key}", target)
         _check.array("load_state_dict", key, value)

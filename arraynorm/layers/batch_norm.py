@@ -14,6 +14,7 @@ from arraynorm.functional.batch_norm import (
     batch_norm_frozen_backward,
     batch_norm_frozen_forward,
 )
+from arraynorm.layers._documented import documented_as
 from arraynorm.layers._running_stats import RunningStatsModule
 from arraynorm.typing import Array, Communicator
 
@@ -114,18 +115,21 @@ class BatchNorm(RunningStatsModule):
         return None
 
 
+@documented_as(BatchNorm)
 class BatchNorm1d(BatchNorm):
     """`BatchNorm` for inputs (N, C) and (N, C, L)."""
 
     _ndims = (2, 3)
 
 
+@documented_as(BatchNorm)
 class BatchNorm2d(BatchNorm):
     """`BatchNorm` for inputs (N, C, H, W)."""
 
     _ndims = (4,)
 
 
+@documented_as(BatchNorm)
 class BatchNorm3d(BatchNorm):
     """`BatchNorm` for inputs (N, C, D, H, W)."""
 

@@ -15,6 +15,7 @@ from arraynorm.functional.batch_norm_add_relu import (
     batch_norm_add_relu_frozen_backward,
     batch_norm_add_relu_frozen_forward,
 )
+from arraynorm.layers._documented import documented_as
 from arraynorm.layers._synchronized import SynchronizedBatchNorm
 from arraynorm.typing import Array, InputGradients
 
@@ -85,18 +86,21 @@ class FusedBatchNorm(SynchronizedBatchNorm):
         return InputGradients(gradients.dx, gradients.daddend)
 
 
+@documented_as(FusedBatchNorm)
 class FusedBatchNorm1d(FusedBatchNorm):
     """`FusedBatchNorm` for inputs (N, C) and (N, C, L)."""
 
     _ndims = (2, 3)
 
 
+@documented_as(FusedBatchNorm)
 class FusedBatchNorm2d(FusedBatchNorm):
     """`FusedBatchNorm` for inputs (N, C, H, W)."""
 
     _ndims = (4,)
 
 
+@documented_as(FusedBatchNorm)
 class FusedBatchNorm3d(FusedBatchNorm):
     """`FusedBatchNorm` for inputs (N, C, D, H, W)."""
 

@@ -13,6 +13,7 @@ from arraynorm.functional.batch_norm import (
 )
 from arraynorm.functional.instance_norm import instance_norm_backward, instance_norm_forward
 from arraynorm.layers import _state
+from arraynorm.layers._documented import documented_as
 from arraynorm.layers._running_stats import RUNNING_STATS, RunningStatsModule
 from arraynorm.typing import Array
 
@@ -139,24 +140,22 @@ class _InstanceNorm(RunningStatsModule):
             self._check_channels(x, _check.channel_axis(name, x[None, ...], self.axis, first=1) - 1)
 
 
+@documented_as(_InstanceNorm)
 class InstanceNorm1d(_InstanceNorm):
     """Instance norm for inputs (N, C, L) and, unbatched, (C, L)."""
 
     _ndims = (2, 3)
 
 
+@documented_as(_InstanceNorm)
 class InstanceNorm2d(_InstanceNorm):
     """Instance norm for inputs (N, C, H, W) and, unbatched, (C, H, W)."""
 
     _ndims = (3, 4)
 
 
+@documented_as(_InstanceNorm)
 class InstanceNorm3d(_InstanceNorm):
     """Instance norm for inputs (N, C, D, H, W) and, unbatched, (C, D, H, W)."""
 
     _ndims = (4, 5)
-
-
-for _class in (InstanceNorm1d, InstanceNorm2d, InstanceNorm3d):
-    _class.__doc__ = f"{_class.__doc__}\n{(_InstanceNorm.__doc__ or '').partition(chr(10))[2]}"
-del _class

@@ -157,7 +157,10 @@ class Module:
             self._cache = cache
 
     def kept(self) -> Any:
-        """The cache of the last forward; RuntimeError where there is none. `clear_cache` drops it."""
+        """The cache of the last forward; RuntimeError where there is none.
+
+        It stays until `clear_cache`, which a backward calls once it has succeeded: a second one is then refused.
+        """
         if self._cache is None:
             raise RuntimeError(
                 f"{type(self).__name__}: backward needs a forward before it, outside no_grad, and takes its cache: "

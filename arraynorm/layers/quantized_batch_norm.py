@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from arraynorm import _array, _check
 from arraynorm.functional.quantized_batch_norm import quantized_batch_norm, quantized_batch_norm_relu
+from arraynorm.layers._documented import documented_as
 from arraynorm.layers._running_stats import RunningStatsModule
 from arraynorm.layers.batch_norm import BatchNorm
 from arraynorm.typing import Array
@@ -122,6 +123,7 @@ class _QuantizedBatchNorm(RunningStatsModule):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
 
+@documented_as(_QuantizedBatchNorm)
 class QuantizedBatchNorm2d(_QuantizedBatchNorm):
     """Quantized batch norm for inputs (N, C, H, W)."""
 
@@ -129,6 +131,7 @@ class QuantizedBatchNorm2d(_QuantizedBatchNorm):
     _ndims, _layout = (4,), "(N, C, H, W)"
 
 
+@documented_as(_QuantizedBatchNorm)
 class QuantizedBatchNorm3d(_QuantizedBatchNorm):
     """Quantized batch norm for inputs (N, C, D, H, W)."""
 
@@ -136,6 +139,7 @@ class QuantizedBatchNorm3d(_QuantizedBatchNorm):
     _ndims, _layout = (5,), "(N, C, D, H, W)"
 
 
+@documented_as(_QuantizedBatchNorm)
 class QuantizedBNReLU2d(_QuantizedBatchNorm):
     """Quantized batch norm, then ReLU, for inputs (N, C, H, W)."""
 
@@ -143,6 +147,7 @@ class QuantizedBNReLU2d(_QuantizedBatchNorm):
     _ndims, _layout = (4,), "(N, C, H, W)"
 
 
+@documented_as(_QuantizedBatchNorm)
 class QuantizedBNReLU3d(_QuantizedBatchNorm):
     """Quantized batch norm, then ReLU, for inputs (N, C, D, H, W)."""
 

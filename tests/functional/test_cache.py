@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import arraynorm as an
-from arraynorm.kernels import only
+from arraynorm.kernels import Kernel, only
 from namespaces import DTYPES, NUMPY, STRICT, to_numpy
-from norms import EXAMPLES, Example, backward, draw, draw_dy, each_example, forward, to_library
+from norms import EXAMPLES, Example, backward, draw, draw_dy, each_example, forward, kernels, to_library
 
 FUSED = ["batch_norm_add_relu", "batch_norm_add_relu_frozen"]
 
@@ -137,17 +137,39 @@ def test_the_dy_of_another_library_is_refused(example: Example):
         backward(example, draw_dy(example), cache.to(STRICT.module))
 
 
+@pytest.fixture
+def other_path(monkeypatch) -> list[str]:
+    """A specialisation of every kernel for NumPy, which also notes that it ran; there may be no other one here."""
+    ran: list[str] = []
+
+    def noting(kernel: Kernel) -> Any:
+        def specialisation(*args: Any) -> Any:
+            ran.append(kernel.__name__)
+            return kernel.reference(*args)
+
+        return specialisation
+
+    for kernel in kernels().values():
+        monkeypatch.setitem(kernel.specialised, "numpy", noting(kernel))
+    return ran
+
+
 @each_example
-def test_forward_and_backward_may_take_different_paths(example: Example):
+def test_forward_and_backward_may_take_different_paths(example: Example, other_path: list[str]):
     given, dy = to_library(NUMPY, draw(example), "float32"), NUMPY.asarray(draw_dy(example), "float32")
+    caches = {}
+    for path in ("reference", "specialised"):
+        with only(path):
+            _, caches[path] = forward(example, given)
     with only("reference"):
-        _, reference = forward(example, given)
-        wanted = backward(example, dy, reference)
-    _, cache = forward(example, given)
-    for first, second in ((cache, "reference"), (reference, "any")):
+        wanted = backward(example, dy, caches["reference"])
+    for first, second in (("specialised", "reference"), ("reference", "specialised")):
+        other_path.clear()
         with only(second):
-            for actual, exact in zip(backward(example, dy, first), wanted, strict=True):
-                np.testing.assert_allclose(actual, exact, rtol=2**-22, atol=2**-22 * np.abs(exact).max())
+            found = backward(example, dy, caches[first])
+        assert bool(other_path) == (second == "specialised")
+        for actual, exact in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(actual, exact, rtol=2**-22, atol=2**-22 * np.abs(exact).max())
 
 
 @each_example

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-import pkgutil
 import sys
 import threading
 import types
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 
 import arraynorm as an
-from arraynorm.kernels import Kernel, _kernel, only, reference
+from arraynorm.kernels import Kernel, _kernel, only
 from arraynorm.kernels.reference.batch_norm import batch_norm_apply, batch_norm_stats
-from norms import EXAMPLES, Example, backward, draw, draw_dy, forward
+from norms import EXAMPLES, Example, backward, draw, draw_dy, forward, kernels
 
 
 def _double(x, factor):
@@ -225,16 +224,9 @@ def test_only_reference_holds_for_a_backend_that_is_imported_then(kernel, made_u
 # -- of the package --------------------------------------------------------------------------------------------
 
 
-def _kernels() -> dict[str, Kernel]:
-    modules = [
-        importlib.import_module(f"{reference.__name__}.{m.name}") for m in pkgutil.iter_modules(reference.__path__)
-    ]
-    return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Kernel)}
-
-
-@pytest.mark.parametrize("name", _kernels())
+@pytest.mark.parametrize("name", kernels())
 def test_every_kernel_is_documented_and_has_positional_parameters_without_defaults(name):
-    kernel = _kernels()[name]
+    kernel = kernels()[name]
     assert kernel.__name__ == name
     assert kernel.__doc__
     for parameter in inspect.signature(kernel).parameters.values():
@@ -248,7 +240,7 @@ def test_every_op_runs_on_kernels_and_on_nothing_else(monkeypatch, example: Exam
     y, cache = forward(example, given)
     wanted = [y, *backward(example, dy, cache)]
     called = []
-    for name, kernel in _kernels().items():
+    for name, kernel in kernels().items():
 
         def counting(*args, name=name, kernel=kernel):
             called.append(name)
