@@ -265,7 +265,12 @@ def may_overlap(a: Array, b: Array) -> bool:
 
 def is_same_memory(a: Array, b: Array) -> bool:
     """Whether two NumPy or CuPy arrays are element by element the same memory."""
-    return (_pointer(a), a.shape, a.strides, a.dtype) == (_pointer(b), b.shape, b.strides, b.dtype)
+    return (_pointer(a), a.dtype, _steps(a)) == (_pointer(b), b.dtype, _steps(b))
+
+
+def _steps(array: Array) -> list[tuple[int, int]]:
+    """(size, stride) of every dimension; the stride of a single element means nothing."""
+    return [(n, s if n > 1 else 0) for n, s in zip(array.shape, array.strides, strict=True)]
 
 
 def _pointer(array: Array) -> int:
@@ -302,7 +307,7 @@ def from_numpy(array: np.ndarray[Any, Any], xp: Any, device: Any = None) -> Arra
 
 def as_saved(value: Any, target: Array) -> Any:
     """`value`, or, where a file has kept only the bits of its bfloat16 elements, those elements."""
-    if getattr(value, "dtype", None) == np.dtype("V2") and dtype_name(target.dtype) == "bfloat16":
+    if isinstance(value, np.ndarray) and value.dtype == np.dtype("V2") and dtype_name(target.dtype) == "bfloat16":
         import ml_dtypes
 
         return value.view(ml_dtypes.bfloat16)

@@ -165,6 +165,16 @@ def channel_axis(function: str, x: Array, axis: object, *, first: int = 0) -> in
     return axis % ndim
 
 
+def axis_of_inputs(function: str, axis: object, ndims: tuple[int, ...], *, first: int) -> int:
+    """`axis` as a layer keeps it: one that inputs of the most dimensions have (() is any number of them)."""
+    axis = integer(function, "axis", axis)
+    if ndims and not -max(ndims) <= axis < max(ndims):
+        raise ValueError(f"{function}: axis must be in range for inputs of {max(ndims)} dimensions, got {axis}")
+    if 0 <= axis < first or (ndims and axis + max(ndims) < first and axis < 0):
+        raise ValueError(f"{function}: axis must not be the sample axis 0, got {axis}")
+    return axis
+
+
 def min_ndim(x: Array, ndim: int) -> None:
     if x.ndim < ndim:
         raise ValueError(f"expected at least {ndim}D input (got {x.ndim}D input)")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["AddReluGradients", "AffineGradients", "Array", "Communicator", "InputGradients", "RMSNormGradients"]
+__all__ = [
+    "AddReluGradients",
+    "AffineGradients",
+    "Array",
+    "Communicator",
+    "InputGradients",
+    "NamedGradient",
+    "RMSNormGradients",
+]
 
 Array: TypeAlias = Any
 """An array of any library that implements the Python array API standard."""
@@ -62,6 +70,14 @@ class RMSNormGradients(NamedTuple):
 
     dx: Array
     dweight: Array | None
+
+
+class NamedGradient(NamedTuple):
+    """One item of `Module.named_gradients`."""
+
+    name: str
+    parameter: Array
+    gradient: Array
 
 
 class InputGradients(NamedTuple):

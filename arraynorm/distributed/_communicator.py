@@ -61,7 +61,8 @@ class HostCommunicator(abc.ABC):
     def allreduce_sum(self, a: Array) -> Array:
         """See `arraynorm.typing.Communicator.allreduce_sum`: one message, added in rank order."""
         host = _array.to_numpy(a)
-        gathered = self._allgather(np.ascontiguousarray(host, dtype=np.float64).reshape(-1))
+        # a copy: a peer that has the sum may go on to write to its own `a` while another still adds
+        gathered = self._allgather(np.array(host, dtype=np.float64, order="C").reshape(-1))
         total = gathered[0].copy()
         with np.errstate(all="ignore"):
             for row in gathered[1:]:

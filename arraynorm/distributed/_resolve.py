@@ -31,23 +31,24 @@ def as_communicator(comm: Any, function: str = "as_communicator") -> Communicato
 
 @functools.cache
 def world() -> Communicator:
-    """All ranks: MPI's world where mpi4py is installed, else this rank, if no launcher says that there are more.
+    """All ranks: MPI's world where mpi4py and an MPI are installed, else this rank, if no launcher says there are more.
 
     Raises
     ------
     RuntimeError
-        A launcher started several ranks, and mpi4py is not installed.
+        A launcher started several ranks, and mpi4py or its MPI library is missing.
     """
-    if importlib.util.find_spec("mpi4py") is not None:
-        from mpi4py import MPI
-
-        return MPICommunicator(MPI.COMM_WORLD)
     size = launched_ranks(os.environ)
+    missing = "mpi4py is not installed; pip install arraynorm[mpi]"
+    if importlib.util.find_spec("mpi4py") is not None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            missing = f"mpi4py finds no MPI library ({error}); install one, for example: pip install mpich"
+        else:
+            return MPICommunicator(MPI.COMM_WORLD)
     if size > 1:
-        raise RuntimeError(
-            f"SyncBatchNorm: the launcher started {size} ranks, but mpi4py is not installed, so that they cannot "
-            "share statistics; pip install arraynorm[mpi]"
-        )
+        raise RuntimeError(f"the launcher started {size} ranks, which can't share statistics, for {missing}")
     return SELF
 
 

@@ -77,7 +77,7 @@ def _duplicate(comm: Any) -> Any:
     from mpi4py import MPI
 
     if not _keyvals:
-        _keyvals.append(MPI.Comm.Create_keyval())
+        _keyvals.append(MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, duplicate: duplicate.Free()))
     duplicate = comm.Get_attr(_keyvals[0])
     if duplicate is None:
         duplicate = comm.Dup()

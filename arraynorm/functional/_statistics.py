@@ -36,7 +36,8 @@ def batch_statistics(x3: Array, shape: tuple[int, ...], comm: Communicator | Non
     if comm is not None:
         count, mean, m2 = comm.merge_moments(count, mean, m2)
     _check.more_than_one_value(count, shape, 1 if comm is None else comm.size)
-    return mean, m2 / max(count, 1), count
+    with _array.silent():
+        return mean, m2 / max(count, 1), count
 
 
 def frozen_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array]:
@@ -51,4 +52,5 @@ def global_means(sums: tuple[Array, Array], count: int, comm: Communicator | Non
     if comm is not None:
         total = comm.allreduce_sum(_array.array_namespace(sum_dy).stack(sums))
         sum_dy, sum_dy_x_hat = total[0, :], total[1, :]
-    return sum_dy / max(count, 1), sum_dy_x_hat / max(count, 1)
+    with _array.silent():
+        return sum_dy / max(count, 1), sum_dy_x_hat / max(count, 1)

@@ -22,6 +22,7 @@ class RunningStatsModule(AffineModule):
     _version = 2  # torch's number: version 2 added num_batches_tracked
     _ndims: ClassVar[tuple[int, ...]] = ()
     """The numbers of dimensions that the class takes; () is any from 2."""
+    _first_channel_axis: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class RunningStatsModule(AffineModule):
         self.momentum = None if momentum is None else _check.momentum(name, momentum)
         self.affine = affine
         self.track_running_stats = track_running_stats
-        self.axis = _check.integer(name, "axis", axis)
+        self.axis = _check.axis_of_inputs(name, axis, self._ndims, first=self._first_channel_axis)
         _check.placement(name, xp, device, dtype)
         shape = (self.num_features,)
         self._init_affine(shape, weight=affine, bias=affine and bias, xp=xp, device=device, dtype=dtype)
@@ -98,11 +99,13 @@ class RunningStatsModule(AffineModule):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
         return not any(missing)
 
-    def _check_running_stats(self, x: Array) -> None:
-        """The buffers, which the user may have replaced, can be used with x and updated."""
+    def _check_running_stats(self, x: Array, *, moves: bool) -> None:
+        """The buffers, which the user may have replaced, can be used with x, and moved if this call `moves` them."""
         name = type(self).__name__
         for buffer in RUNNING_STATS:
             _check.companion(name, x, buffer, getattr(self, buffer), (self.num_features,))
+        if not moves:
+            return
         if self.momentum is not None:
             _check.momentum(name, self.momentum)
         counter = self.num_batches_tracked
@@ -135,9 +138,6 @@ class RunningStatsModule(AffineModule):
         if (version is None or version < 2) and self.num_batches_tracked is not None and key not in state:
             counter = self.num_batches_tracked
             state[key] = _array.array_namespace(counter).zeros_like(counter)
-
-    def _held_dtype(self, name: str, xp: Any, dtype: Any) -> Any:
-        return _array.running_dtype(xp, dtype) if name in RUNNING_STATS else dtype
 
     def extra_repr(self) -> str:
         return (

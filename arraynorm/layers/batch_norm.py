@@ -103,8 +103,9 @@ class BatchNorm(RunningStatsModule):
         self._check_input(x)
         has_running_stats = self._has_running_stats()
         frozen = has_running_stats and not self.training
-        if frozen or self._moves_running_stats():
-            self._check_running_stats(x)
+        moves = self._moves_running_stats()
+        if frozen or moves:
+            self._check_running_stats(x, moves=moves)
         return frozen
 
     def _moves_running_stats(self) -> bool:

@@ -62,7 +62,7 @@ class GroupNorm(AffineModule):
         self.eps = _check.epsilon(name, eps)
         self.affine = affine
         _check.placement(name, xp, device, dtype)
-        self.axis = _check.integer(name, "axis", axis)
+        self.axis = _check.axis_of_inputs(name, axis, (), first=1)
         shape = (self.num_channels,)
         self._init_affine(shape, weight=affine, bias=affine and bias, xp=xp, device=device, dtype=dtype)
 

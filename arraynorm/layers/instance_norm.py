@@ -54,6 +54,8 @@ class _InstanceNorm(RunningStatsModule):
     buffers alone (torch moves them).
     """
 
+    _first_channel_axis = 1
+
     def __init__(
         self,
         num_features: int,
@@ -88,7 +90,7 @@ class _InstanceNorm(RunningStatsModule):
         batch = x[None, ...] if unbatched else x
         has_running_stats = self._has_running_stats() and self.track_running_stats
         if has_running_stats:
-            self._check_running_stats(x)
+            self._check_running_stats(x, moves=self.training)
         if has_running_stats and not self.training:
             y, frozen_cache = batch_norm_frozen_forward(
                 batch, self.running_mean, self.running_var, self.weight, self.bias, axis=self.axis, eps=self.eps
@@ -135,9 +137,11 @@ class _InstanceNorm(RunningStatsModule):
         _check.input_array(name, "x", x)
         _check.ndim_in(x, self._ndims)
         if not self._is_unbatched(x):
-            self._check_channels(x, _check.channel_axis(name, x, self.axis, first=1))
+            self._check_channels(x, _check.channel_axis(name, x, self.axis, first=self._first_channel_axis))
         else:  # `axis` speaks of a batch
-            self._check_channels(x, _check.channel_axis(name, x[None, ...], self.axis, first=1) - 1)
+            self._check_channels(
+                x, _check.channel_axis(name, x[None, ...], self.axis, first=self._first_channel_axis) - 1
+            )
 
 
 @documented_as(_InstanceNorm)

@@ -11,13 +11,13 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from arraynorm import _array, _check
 from arraynorm.layers import _state
 from arraynorm.layers._hooks import HookHandle
 from arraynorm.layers.no_grad import grad_enabled
-from arraynorm.typing import Array
+from arraynorm.typing import Array, NamedGradient
 
 M = TypeVar("M", bound="Module")
 
@@ -25,14 +25,7 @@ ForwardPreHook = Callable[["Module", tuple[Any, ...]], Any]
 ForwardHook = Callable[["Module", tuple[Any, ...], Any], Any]
 
 _STORES = ("_parameters", "_buffers", "_modules")
-
-
-class Gradient(NamedTuple):
-    """One item of `named_gradients`."""
-
-    name: str
-    parameter: Array
-    gradient: Array
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Module:
@@ -79,6 +72,8 @@ class Module:
         if store is not None:
             store[name] = value
         elif isinstance(value, Module) or name in self._modules:
+            if name in self.__dict__ and self.__dict__[name] is None:
+                del self.__dict__[name]  # self.child = None, until it is known
             self.add_module(name, value)
         else:
             object.__setattr__(self, name, value)
@@ -155,6 +150,8 @@ class Module:
         """Keep what backward needs, unless under `no_grad` (where a call in eval writes no attribute at all)."""
         if grad_enabled():
             self._cache = cache
+        elif self.training:
+            self._cache = None  # of an earlier forward, which is not the last any more
 
     def kept(self) -> Any:
         """The cache of the last forward; RuntimeError where there is none.
@@ -188,7 +185,8 @@ class Module:
         if held is None:
             self.grads[name] = _array.array_namespace(gradient).asarray(gradient, copy=True)
         else:
-            self.grads[name] = _array.assign(held, held + gradient)
+            with _array.silent():
+                self.grads[name] = _array.assign(held, held + gradient)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; with `set_to_none=False` fill them with zeros."""
@@ -207,7 +205,7 @@ class Module:
             module._requires_grad = bool(requires_grad)
         return self
 
-    def named_gradients(self, prefix: str = "", recurse: bool = True) -> Iterator[Gradient]:
+    def named_gradients(self, prefix: str = "", recurse: bool = True) -> Iterator[NamedGradient]:
         """(name, parameter, gradient) of every parameter that has a gradient: what an optimizer loops over.
 
         A parameter that two modules share comes once for each, with the gradient that it got there: the steps add up.
@@ -216,7 +214,7 @@ class Module:
             for name, parameter in module._parameters.items():
                 gradient = module.grads.get(name)
                 if parameter is not None and gradient is not None:
-                    yield Gradient(f"{path}.{name}" if path else name, parameter, gradient)
+                    yield NamedGradient(f"{path}.{name}" if path else name, parameter, gradient)
 
     # -- the tree --------------------------------------------------------------------------------------------
 
@@ -281,9 +279,10 @@ class Module:
         """Training mode (or eval, for `mode=False`) for this module and all below it; drops their caches."""
         if not isinstance(mode, bool):
             raise ValueError(f"{type(self).__name__}.train: mode must be a bool, got {mode!r}")
-        for module in self.modules():
-            module.training = mode
-        self.clear_cache()
+        self.training = mode
+        self._cache = None
+        for child in self.children():
+            child.train(mode)  # a subclass may stay in eval
         return self
 
     def eval(self) -> Self:
@@ -301,9 +300,9 @@ class Module:
             if xp is None:
                 _check.known_device("to", library, xp_or_device)
         if xp is not None:
-            self._convert(lambda module, name, array: _array.move(array, xp))
+            self._convert(lambda array, _: _array.move(array, xp))
         elif xp_or_device is not None:
-            self._convert(lambda module, name, array: _array.move(array, _array.array_namespace(array), xp_or_device))
+            self._convert(lambda array, _: _array.move(array, _array.array_namespace(array), xp_or_device))
         if dtype is not None:
             self._cast(lambda xp: dtype)
         return self
@@ -321,7 +320,7 @@ class Module:
             return self.to(cupy)
 
     def half(self) -> Self:
-        """Parameters and gradients in float16; running statistics stay at least float32, and counters integers."""
+        """Parameters in float16; gradients and floating buffers in float32, where variances do not overflow."""
         return self._cast(lambda xp: xp.float16)
 
     def float(self) -> Self:
@@ -333,29 +332,26 @@ class Module:
         return self._cast(lambda xp: xp.float64)
 
     def _cast(self, dtype_of: Callable[[Any], Any]) -> Self:
-        def cast(module: Module, name: str, array: Array) -> Array:
+        def cast(array: Array, is_parameter: bool) -> Array:
             if not _array.is_floating(array):
                 return array
             xp = _array.array_namespace(array)
-            return xp.astype(array, module._held_dtype(name, xp, dtype_of(xp)), copy=False)
+            dtype = dtype_of(xp)
+            return xp.astype(array, dtype if is_parameter else _array.running_dtype(xp, dtype), copy=False)
 
         return self._convert(cast)
 
-    def _held_dtype(self, name: str, xp: Any, dtype: Any) -> Any:
-        """The dtype in which this module holds its array `name` when it is cast to `dtype`."""
-        return dtype
-
-    def _convert(self, function: Callable[[Module, str, Array], Array]) -> Self:
-        """Replace every array by `function` of it, and drop the caches; nothing changes if a call fails."""
+    def _convert(self, function: Callable[[Array, bool], Array]) -> Self:
+        """Replace every array by `function(array, is_parameter)`, drop the caches; nothing changes if a call fails."""
         stores = [(m, store) for m in self.modules() for store in (m._parameters, m._buffers, m.grads)]
         done: dict[int, Array] = {}  # an array that stands in two places stays one
 
-        def convert(module: Module, name: str, array: Array | None) -> Array | None:
+        def convert(array: Array | None, is_parameter: bool) -> Array | None:
             if array is not None and id(array) not in done:
-                done[id(array)] = function(module, name, array)
+                done[id(array)] = function(array, is_parameter)
             return None if array is None else done[id(array)]
 
-        converted = [{name: convert(m, name, array) for name, array in store.items()} for m, store in stores]
+        converted = [{k: convert(a, store is m._parameters) for k, a in store.items()} for m, store in stores]
         for (_, store), new in zip(stores, converted, strict=True):
             store.update(new)
         self.clear_cache()
@@ -416,13 +412,19 @@ class Module:
         return {**self.__dict__, "_cache": None}
 
     def __copy__(self) -> Self:
-        return self._recreated_as(type(self))
+        new = self._recreated_as(type(self))
+        for hooks in _HOOKS:
+            new.__dict__[hooks] = self.__dict__[hooks].copy()
+        return new
 
     def _recreated_as(self, cls: type[M]) -> M:
-        """A `cls` with everything that this module has but the cache: the same arrays, in containers of its own."""
+        """A `cls` with everything that this module has but the cache: the same arrays, in containers of its own.
+
+        The hooks are in the same containers, so that their handles can still remove them.
+        """
         new = cls.__new__(cls)
         for name, value in self.__dict__.items():
-            new.__dict__[name] = value.copy() if isinstance(value, dict | set) else value
+            new.__dict__[name] = value.copy() if isinstance(value, dict | set) and name not in _HOOKS else value
         new.__dict__["_cache"] = None
         return new
 

@@ -84,7 +84,7 @@ class _QuantizedBatchNorm(RunningStatsModule):
         zero_point = _check.zero_point_of_any(name, "zero_point", zero_point)
         xp = _array.array_namespace(layer.running_mean)
         new = cls(layer.num_features, layer.eps, layer.momentum, axis=layer.axis)
-        new._convert(lambda module, key, array: _array.move(array, xp, _array.device(layer.running_mean)))
+        new._convert(lambda array, _: _array.move(array, xp, _array.device(layer.running_mean)))
         for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             array = getattr(layer, key)
             if array is not None:

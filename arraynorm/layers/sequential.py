@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import overload
 
 from arraynorm.layers.module import Module
 from arraynorm.typing import Array
@@ -29,11 +30,13 @@ class Sequential(Module):
             self.add_module(name, module)
 
     def forward(self, x: Array) -> Array:
+        """The last module's y."""
         for module in self.children():
             x = module(x)
         return x
 
     def backward(self, dy: Array) -> Array:
+        """The first module's dx."""
         for module in reversed(tuple(self.children())):
             dx = module.backward(dy)
             dy = dx[0] if isinstance(dx, tuple) else dx  # a fused layer's daddend: it had no addend here
@@ -45,5 +48,12 @@ class Sequential(Module):
     def __iter__(self) -> Iterator[Module]:
         return self.children()
 
-    def __getitem__(self, index: int) -> Module:
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module:
+        """One module, or a Sequential of those of a slice, which keep their names."""
+        if isinstance(index, slice):
+            return Sequential(dict(tuple(self.named_children())[index]))
         return tuple(self.children())[index]

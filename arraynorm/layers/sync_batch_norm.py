@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, overload
 
 from arraynorm import distributed
 from arraynorm.layers._synchronized import SynchronizedBatchNorm
@@ -12,6 +12,7 @@ from arraynorm.layers.fused_batch_norm import FusedBatchNorm
 from arraynorm.layers.module import Module
 from arraynorm.typing import Array
 
+F = TypeVar("F", bound=FusedBatchNorm)
 M = TypeVar("M", bound=Module)
 
 
@@ -73,8 +74,17 @@ class SyncBatchNorm(SynchronizedBatchNorm):
         self.comm = comm
         self._source: type[BatchNorm] = BatchNorm
 
+    @overload
     @classmethod
-    def convert_sync_batchnorm(cls, module: M, comm: Any = None) -> M:
+    def convert_sync_batchnorm(cls, module: F, comm: Any = None) -> F: ...  # type: ignore[overload-overlap]
+    @overload
+    @classmethod
+    def convert_sync_batchnorm(cls, module: BatchNorm, comm: Any = None) -> SyncBatchNorm: ...
+    @overload
+    @classmethod
+    def convert_sync_batchnorm(cls, module: M, comm: Any = None) -> M: ...
+    @classmethod
+    def convert_sync_batchnorm(cls, module: Module, comm: Any = None) -> Module:
         """Replace every BatchNorm in `module` by a SyncBatchNorm over `comm`; give FusedBatchNorms that communicator.
 
         Parameters
@@ -101,7 +111,7 @@ class SyncBatchNorm(SynchronizedBatchNorm):
                 layer.__dict__.update(_source=source, _comm=comm)
             return layer
 
-        return cast(M, _replaced(module, convert))
+        return _replaced(module, convert)
 
     def _check_input(self, x: Array) -> None:
         super()._check_input(x)
@@ -109,7 +119,11 @@ class SyncBatchNorm(SynchronizedBatchNorm):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
 
-def revert_sync_batchnorm(module: M) -> M:
+@overload
+def revert_sync_batchnorm(module: SyncBatchNorm) -> BatchNorm: ...
+@overload
+def revert_sync_batchnorm(module: M) -> M: ...
+def revert_sync_batchnorm(module: Module) -> Module:
     """Undo `SyncBatchNorm.convert_sync_batchnorm`: every SyncBatchNorm becomes the class that it came from.
 
     One that was built directly becomes the `BatchNorm` of any rank; FusedBatchNorms stop sharing.
@@ -134,7 +148,7 @@ def revert_sync_batchnorm(module: M) -> M:
                 layer.__dict__.pop(name, None)
         return layer
 
-    return cast(M, _replaced(module, revert))
+    return _replaced(module, revert)
 
 
 def _replaced(module: Module, function: Any) -> Module:

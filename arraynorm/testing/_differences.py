@@ -74,7 +74,11 @@ class Differences:
             noise = float(np.vdot(self.blur, moved) if moved.any() else np.sum(self.blur)) / t
             slope.add(change / (2 * t), terms, noise)
             jump.add(bend / t, terms, 4 * noise)
-            if slope.error <= max(0.01 * rtol * terms, noise) and jump.error <= max(rtol * terms, 4 * noise):
+            if (
+                math.isfinite(slope.error)
+                and slope.error <= max(0.01 * rtol * terms, noise)
+                and jump.error <= max(rtol * terms, 4 * noise)
+            ):
                 break
             t /= 2
         settles = slope.error <= _SETTLED * slope.terms + 8 * slope.noise
@@ -110,8 +114,9 @@ class _Extrapolation:
 def _first_step(x: Host) -> float:
     """About 1/16 of x's spread (for 1e4 +- 1 the 1 counts, as it does for a norm).
 
-    A power of two, so that x + t v is exact, or nearly so, for directions v of few bits.
+    Of 12 bits, so that x + t v is exact, or nearly so, for directions v of few bits; but no power of two, for a
+    function of that period would look constant at every step.
     """
     spread = float(np.ptp(x)) if x.size else 0.0
     size = spread or float(np.max(abs(x), initial=0.0)) or 1.0
-    return math.ldexp(1.0, math.frexp(size)[1] - 5)
+    return math.ldexp(2531, math.frexp(size)[1] - 17)

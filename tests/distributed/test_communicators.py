@@ -154,6 +154,18 @@ def test_the_bits_do_not_depend_on_who_comes_first():
     assert all(result == seen[0] for result in seen)
 
 
+def test_a_rank_may_write_to_what_it_brought_as_soon_as_it_has_the_sum():
+    def call(comm):
+        right = 0
+        for _ in range(20):
+            a = np.full(200_000, comm.rank + 1.0)
+            a[...] = comm.allreduce_sum(a)
+            right += bool((a == 10).all())
+        return right
+
+    assert run_ranks(4, call) == [20] * 4
+
+
 def test_rounds_that_follow_each_other_do_not_mix():
     def call(comm):
         return [comm.allreduce_sum(np.array([float(number * (comm.rank + 1))]))[0] for number in range(300)]

@@ -78,7 +78,7 @@ def mpi4py(monkeypatch):
     package, module = ModuleType("mpi4py"), ModuleType("mpi4py.MPI")
     package.__spec__, package.MPI = ModuleSpec("mpi4py", None), module
     module.Intracomm, module.COMM_NULL, module.COMM_WORLD = Intracomm, Intracomm(0), Intracomm(2)
-    module.Comm = SimpleNamespace(Create_keyval=lambda: 7)
+    module.Comm = SimpleNamespace(Create_keyval=lambda delete_fn: 7)
     monkeypatch.setitem(sys.modules, "mpi4py", package)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", module)
     monkeypatch.setattr(mpi, "_keyvals", [])
@@ -95,6 +95,31 @@ def test_without_mpi4py_and_launcher_the_world_is_this_process():
     np.testing.assert_array_equal(layer(x), alone(x))
     np.testing.assert_array_equal(layer.backward(x), alone.backward(x))
     np.testing.assert_array_equal(layer.running_var, alone.running_var)
+
+
+@pytest.fixture
+def without_libmpi(monkeypatch):
+    """mpi4py, but no library beneath it."""
+    package, finder = ModuleType("mpi4py"), SimpleNamespace(find_spec=_fails_to_load)
+    package.__spec__ = ModuleSpec("mpi4py", None)
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    package.__path__ = []
+
+
+def _fails_to_load(name, path=None, target=None):
+    if name == "mpi4py.MPI":
+        raise RuntimeError("cannot load MPI library")
+
+
+@pytest.mark.usefixtures("without_libmpi")
+def test_without_an_mpi_library_a_single_process_is_the_world_and_ranks_are_told_what_to_install(monkeypatch):
+    assert world() is SELF
+    world.cache_clear()
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(RuntimeError, match=r"started 4 ranks.*no MPI library \(cannot load.*pip install mpich"):
+        an.SyncBatchNorm(3)(x)
 
 
 @pytest.mark.usefixtures("without_mpi4py")

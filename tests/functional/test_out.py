@@ -270,3 +270,8 @@ def test_a_quantized_result_needs_a_place_of_its_dtype(op):
     with pytest.raises(TypeError, match="out must have dtype int8, got uint8"):
         op(xq, np.arange(4.0), np.ones(4), **options, out=out)
     assert (out == 77).all()
+
+
+def test_out_may_be_x_with_another_stride_of_a_single_element():
+    x = np.arange(6.0)[None]
+    assert an.layer_norm(x, 6, out=x[0][None]).base is x.base

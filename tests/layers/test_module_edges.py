@@ -100,3 +100,78 @@ def test_a_forgotten_super_init_is_named():
 
     with pytest.raises(AttributeError, match=r"Forgetful: call super\(\).__init__\(\) before anything is assigned"):
         Forgetful()
+
+
+def test_a_module_that_keeps_itself_in_eval_is_asked():
+    class Frozen(an.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    net = an.Sequential(Frozen(3), an.BatchNorm1d(3)).train()
+    assert [layer.training for layer in net] == [False, True]
+
+
+def test_a_child_may_be_none_until_it_is_known():
+    class Block(an.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = None
+            self.down = an.BatchNorm(3)
+
+    assert "down.weight" in Block().state_dict()
+
+
+def test_gradients_that_cancel_to_nan_are_no_event():
+    layer = Scale(np.ones(2))
+    with np.errstate(all="raise"):
+        for value in (np.inf, -np.inf):
+            layer.accumulate_gradient("weight", np.full(2, value))
+    assert np.isnan(layer.grads["weight"]).all()
+
+
+@pytest.mark.parametrize("cls", [an.BatchNorm, an.InstanceNorm1d])
+def test_eval_needs_no_counter(cls):
+    layer = cls(3, momentum=None, track_running_stats=True).eval()
+    layer.num_batches_tracked = None
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    np.testing.assert_allclose(layer(x), x / np.sqrt(1 + 1e-5))
+
+
+def test_the_handle_of_a_hook_removes_it_after_conversion_too():
+    layer, calls = an.BatchNorm(3), []
+    handle = layer.register_forward_hook(lambda *args: calls.append(args))
+    converted = an.SyncBatchNorm.convert_sync_batchnorm(layer, an.distributed.SELF)
+    handle.remove()
+    converted(np.eye(3))
+    an.revert_sync_batchnorm(converted)(np.eye(3))
+    assert calls == []
+
+
+def test_a_training_forward_under_no_grad_is_the_last_one_too():
+    layer = an.LayerNorm(3)
+    layer(np.eye(3))
+    with an.no_grad():
+        layer(np.eye(3))
+    with pytest.raises(RuntimeError, match="needs a forward before it"):
+        layer.backward(np.eye(3))
+
+
+def test_a_slice_of_a_sequential_is_one_and_shares_its_modules():
+    net = an.Sequential(an.LayerNorm(3), an.RMSNorm(3), an.LayerNorm(3))
+    part = net[1:]
+    assert type(part) is an.Sequential
+    assert list(part.named_children()) == [("1", net[1]), ("2", net[2])]
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: an.BatchNorm2d(3, axis=4), "axis must be in range for inputs of 4 dimensions, got 4"),
+        (lambda: an.InstanceNorm1d(3, axis=0), "axis must not be the sample axis 0, got 0"),
+        (lambda: an.InstanceNorm2d(3, axis=-4), "axis must not be the sample axis 0, got -4"),
+        (lambda: an.GroupNorm(1, 3, axis=0), "axis must not be the sample axis 0, got 0"),
+    ],
+)
+def test_an_axis_that_no_input_has_is_refused_at_once(build, said):
+    with pytest.raises(ValueError, match=said):
+        build()

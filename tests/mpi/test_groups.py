@@ -159,3 +159,10 @@ def test_self_survives_pickling(world):
 def test_a_communicator_itself_cannot_be_pickled(world):
     with pytest.raises(TypeError, match="MPICommunicator: a communicator cannot be pickled"):
         pickle.dumps(MPICommunicator(world))
+
+
+def test_duplicates_are_freed_with_what_they_were_made_of(world):
+    for _ in range(2500):  # MPICH has some 2000 communicators
+        side = world.Split(0)
+        MPICommunicator(side)
+        side.Free()

@@ -377,3 +377,25 @@ def test_an_error_in_forward_or_backward_reaches_the_caller() -> None:
         gradcheck(failing, backward, (X, W))
     with pytest.raises(ZeroDivisionError, match="from inside"):
         gradcheck(forward, failing, (X, W))
+
+
+@pytest.mark.parametrize("frequency", [2.0**power * np.pi for power in range(2, 11)])
+def test_a_function_whose_period_is_a_power_of_two_is_judged_right(frequency: float) -> None:
+    x = np.random.default_rng(0).uniform(size=5)
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        return np.sin(frequency * x), x
+
+    gradcheck(forward, lambda dy, x: (dy * frequency * np.cos(frequency * x),), (x,))
+    with pytest.raises(GradientError):
+        gradcheck(forward, lambda dy, x: (dy * 0,), (x,))
+
+
+@pytest.mark.parametrize("x", [2.0 ** np.arange(7), np.arange(1.0, 33)], ids=["powers", "counts"])
+def test_a_step_that_hits_a_pole_is_passed_over(x: Array) -> None:
+    def forward(x: Array) -> tuple[Array, Array]:
+        return 1 / x, x
+
+    gradcheck(forward, lambda dy, x: (-dy / x**2,), (x,))
+    with pytest.raises(GradientError, match="is wrong"):
+        gradcheck(forward, lambda dy, x: (-dy / x**2 * np.where(x == 1, 5, 1),), (x,))

@@ -230,9 +230,9 @@ A_TO_D = [
     Violation(
         24,
         "half() makes buffers half, as torch does",
-        "layers/_running_stats.py",
-        "return _array.running_dtype(xp, dtype) if name in RUNNING_STATS else dtype",
-        "return dtype",
+        "layers/module.py",
+        "dtype if is_parameter else _array.running_dtype(xp, dtype)",
+        "dtype if is_parameter or any(array is b for b in self.buffers()) else _array.running_dtype(xp, dtype)",
     ),
     Violation(
         24,

@@ -68,4 +68,4 @@ def _requantize(v: Array, scale: float, zero_point: int, dtype: object, out: Arr
     xp = _array.array_namespace(v)
     limits = xp.iinfo(dtype)
     levels = xp.round(v / scale) + zero_point  # round: half to even, as rint
-    return _array.store(xp.clip(levels, limits.min, limits.max), dtype, out)
+    return _array.store(xp.clip(levels, float(limits.min), float(limits.max)), dtype, out)
