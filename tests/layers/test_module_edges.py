@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -175,3 +176,17 @@ def test_a_slice_of_a_sequential_is_one_and_shares_its_modules():
 def test_an_axis_that_no_input_has_is_refused_at_once(build, said):
     with pytest.raises(ValueError, match=said):
         build()
+
+
+def test_a_shallow_copy_shares_arrays_but_not_what_holds_them():
+    layer = an.BatchNorm(3)
+    layer.register_forward_hook(lambda module, args, y: y + 1)
+    layer(np.eye(3))
+    copied = copy.copy(layer)
+    assert copied.weight is layer.weight
+    copied.weight = np.zeros(3)
+    copied.register_forward_hook(lambda module, args, y: y * 0)
+    assert layer.weight.all()
+    assert layer(np.eye(3)).all()
+    with pytest.raises(RuntimeError, match="needs a forward before it"):
+        copied.backward(np.eye(3))
