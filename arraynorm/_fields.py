@@ -14,19 +14,24 @@ def pack(fields: Mapping[str, Field]) -> bytes:
 
 
 def unpack(packed: bytes) -> dict[str, Field]:
-    """The fields that `pack` was given."""
+    """The fields that `pack` was given, as far as they are all there; of other bytes, none."""
     items: list[Field] = []
-    while packed:
-        tag, packed = packed[:1], packed[1:]
-        if tag == b"s":
-            (length,) = struct.unpack_from("<I", packed)
-            items.append(packed[4 : 4 + length].decode())
-            packed = packed[4 + length :]
-        else:
-            (number,) = struct.unpack_from("<q" if tag == b"i" else "<d", packed)
-            items.append(number)
-            packed = packed[8:]
-    return {str(name): value for name, value in zip(items[::2], items[1::2], strict=True)}
+    try:
+        while packed:
+            item, packed = _first(packed)
+            items.append(item)
+    except (struct.error, UnicodeDecodeError):  # cut off, or never packed here
+        pass
+    return {str(name): value for name, value in zip(items[::2], items[1::2], strict=False)}
+
+
+def _first(packed: bytes) -> tuple[Field, bytes]:
+    tag, packed = packed[:1], packed[1:]
+    if tag == b"s":
+        (length,) = struct.unpack_from("<I", packed)
+        return packed[4 : 4 + length].decode(), packed[4 + length :]
+    (number,) = struct.unpack_from("<q" if tag == b"i" else "<d", packed)
+    return number, packed[8:]
 
 
 def _packed(item: Field) -> bytes:

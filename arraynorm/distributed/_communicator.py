@@ -1,26 +1,65 @@
-"""What communicators have in common: packing, merging in rank order, and finding out who disagrees."""
+"""What communicators have in common: agreement rounds, and merging in an order that does not depend on timing."""
 
 from __future__ import annotations
 
 import abc
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
 
 from arraynorm import _array, _fields
-from arraynorm.distributed._moments import Float64Array, merge
+from arraynorm.distributed import _agreement
+from arraynorm.distributed._errors import SyncError
+from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, packed, unpacked
 from arraynorm.typing import Array
 
+MAX_GATHERED_RANKS = 16
+"""Up to so many ranks a payload is gathered and worked on in rank order: one message. Beyond, it is summed."""
 
-class SyncMismatchError(RuntimeError):
-    """The ranks' calls differ, or one of them was refused; raised on every rank."""
+
+class LayerNumbers:
+    """The numbers of the layers on a communicator, in the order of construction."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self) -> int:
+        """The number of one more layer."""
+        self._next += 1
+        return self._next - 1
+
+    def skip(self, number: int) -> None:
+        """A layer comes with its number, from another process perhaps: later ones get greater numbers."""
+        self._next = max(self._next, number + 1)
 
 
 class HostCommunicator(abc.ABC):
-    """A communicator that gathers host float64 payloads and works on them in rank order.
+    """A communicator whose payloads are float64 on the host.
 
-    Every rank does the same arithmetic on the same numbers, so results are bit-identical by construction.
+    Every rank does the same arithmetic on the same numbers, so results are bit-identical on all ranks. A subclass
+    brings the transport: `_maximum`, `_gather`, `_sum` and `_broadcast`, which raise rather than wait for ever.
+
+    Parameters
+    ----------
+    validate : bool
+        Whether `agree` compares the ranks' calls. Without it a difference between ranks is a hang or garbage.
+    max_gathered_ranks : int
+        See MAX_GATHERED_RANKS.
     """
+
+    def __init__(self, *, validate: bool = True, max_gathered_ranks: int = MAX_GATHERED_RANKS) -> None:
+        self.validate = validate
+        self.max_gathered_ranks = max_gathered_ranks
+        self._rounds = 0
+        self._steps = 0
+        self.layer_numbers = LayerNumbers()
+        self._call = ""
+        self._turn = threading.RLock()
+        self._payload_is_due = False
 
     @property
     @abc.abstractmethod
@@ -33,41 +72,123 @@ class HostCommunicator(abc.ABC):
         """The number of ranks."""
 
     @abc.abstractmethod
-    def _allgather(self, payload: Float64Array) -> Float64Array:
-        """payload (K,), the same K on every rank -> (size, K)."""
+    def _maximum(self, a: Any) -> Any:
+        """Elementwise maximum of an int64 vector over all ranks."""
 
     @abc.abstractmethod
-    def _allgather_bytes(self, message: bytes) -> list[bytes]:
-        """Every rank's message, which may differ in length."""
+    def _gather(self, a: Any) -> Any:
+        """A vector (K,) of any dtype, the same K on every rank -> (size, K)."""
 
-    def agree(self, fields: bytes, error: Exception | None = None) -> None:
+    @abc.abstractmethod
+    def _sum(self, a: Any) -> Any:
+        """The sum of a vector over all ranks, the same bits on each of them."""
+
+    @abc.abstractmethod
+    def _broadcast(self, a: Any, root: int) -> Any:
+        """Rank root's vector."""
+
+    # -- the protocol of arraynorm.typing.Communicator ---------------------------------------------------------
+
+    def agree(self, fields: bytes, error: BaseException | None = None) -> None:
         """See `arraynorm.typing.Communicator.agree`."""
-        said = b"" if error is None else f"{type(error).__name__}: {error}".encode()
-        calls = self._allgather_bytes(b"e" + said if error is not None else b"f" + fields)
-        errors = [f"rank {rank}: {call[1:].decode()}" for rank, call in enumerate(calls) if call[:1] == b"e"]
-        if errors:
-            raise SyncMismatchError("a rank refused its call; " + "; ".join(errors)) from error
-        if any(call != calls[0] for call in calls):
-            raise SyncMismatchError("the ranks' calls differ: " + _differences([call[1:] for call in calls]))
+        self._take_turn()
+        try:
+            self._rounds += 1
+            self._call = _described(fields, self._steps) if error is None else "reporting an error"
+            if self.validate:
+                # The number of the round finds a skipped or an extra call even where the calls look alike.
+                numbered = _fields.pack({"round": self._rounds, "step": self._steps}) + fields
+                _agreement.agree(numbered, error, maximum=self._maximum, gather=self._gather)
+        except BaseException:
+            self._turn.release()
+            raise
+        if self._payload_is_due:  # of an earlier round, which an exception on this rank kept from coming
+            self._turn.release()
+        self._payload_is_due = True
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
-        """See `arraynorm.typing.Communicator.merge_moments`: one message of [n, mean, m2]."""
-        host_mean, host_m2 = _array.to_numpy(mean), _array.to_numpy(m2)
-        gathered = self._allgather(np.concatenate(([float(n)], host_mean, host_m2)))
-        channels = host_mean.shape[0]
-        n, merged_mean, merged_m2 = merge((int(row[0]), row[1 : 1 + channels], row[1 + channels :]) for row in gathered)
+        """See `arraynorm.typing.Communicator.merge_moments`."""
+        part = n, _array.to_numpy(mean), _array.to_numpy(m2)
+        with self._payload():
+            if self.size <= self.max_gathered_ranks:
+                n, merged_mean, merged_m2 = merge(map(unpacked, self._gather(packed(part))))
+            else:
+                n, merged_mean, merged_m2 = merge_by_sums(part, self._sum)
         return n, _like(mean, merged_mean), _like(m2, merged_m2)
 
     def allreduce_sum(self, a: Array) -> Array:
-        """See `arraynorm.typing.Communicator.allreduce_sum`: one message, added in rank order."""
+        """See `arraynorm.typing.Communicator.allreduce_sum`."""
         host = _array.to_numpy(a)
         # a copy: a peer that has the sum may go on to write to its own `a` while another still adds
-        gathered = self._allgather(np.array(host, dtype=np.float64, order="C").reshape(-1))
-        total = gathered[0].copy()
-        with np.errstate(all="ignore"):
-            for row in gathered[1:]:
-                total += row
+        flat: Float64Array = np.array(host, dtype=np.float64, order="C").reshape(-1)
+        with self._payload(), np.errstate(all="ignore"):
+            if self.size <= self.max_gathered_ranks:
+                # row after row, for a sum over an axis may pair them otherwise
+                total = functools.reduce(np.add, self._gather(flat))
+            else:
+                total = self._sum(flat)
         return _like(a, total.reshape(host.shape))
+
+    # -- payloads of any dtype, for data-parallel training -------------------------------------------------------
+
+    def allreduce(self, vectors: Sequence[Any]) -> list[Any]:
+        """The sums over all ranks of vectors of host numbers, in their dtypes: the same bits on each rank."""
+        with self._payload(), np.errstate(all="ignore"):
+            return [self._sum(vector) for vector in vectors]
+
+    def broadcast(self, vectors: Sequence[Any], root: int) -> list[Any]:
+        """Rank root's vectors of host numbers; `vectors` give sizes and dtypes and may be overwritten."""
+        with self._payload():
+            return [self._broadcast(vector, root) for vector in vectors]
+
+    # -- one thread at a time ------------------------------------------------------------------------------------
+
+    def _take_turn(self) -> None:
+        """From an agreement round to the end of its payload no other thread may come between."""
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError(
+                f"{type(self).__name__}: entered from two threads at once, whose messages would mix; make one "
+                "communicator per thread, in the same order on every rank"
+            )
+
+    @contextmanager
+    def _payload(self) -> Iterator[None]:
+        self._take_turn()
+        try:
+            yield
+        finally:
+            self._turn.release()
+            if self._payload_is_due:
+                self._payload_is_due = False
+                self._turn.release()
+
+    def _agree_alone(self, fields: bytes, error: BaseException | None = None) -> None:
+        """A round that no payload follows."""
+        self.agree(fields, error)
+        with self._payload():
+            pass
+
+    # -- training steps ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Close a training step with one more agreement round.
+
+        A rank whose body raised brings its error to the round that its peers come to next, so that all raise within
+        one round; a rank that skipped the last call, or made one too many, is found at the end of the step.
+        """
+        self._steps += 1
+        before = self._rounds
+        try:
+            yield
+        except SyncError:  # every rank has it already, or can't be reached
+            raise
+        except BaseException as error:
+            self._agree_alone(b"", error)
+            raise
+        self._agree_alone(_fields.pack({"operation": "the end of the step", "calls": self._rounds - before}))
+
+    # -- copies ------------------------------------------------------------------------------------------------
 
     def __copy__(self) -> Self:
         return self  # it stands for processes, not for data
@@ -85,16 +206,22 @@ class SelfCommunicator(HostCommunicator):
     rank = 0
     size = 1
 
-    def agree(self, fields: bytes, error: Exception | None = None) -> None:
+    def agree(self, fields: bytes, error: BaseException | None = None) -> None:
         """Raises `error` itself, if there is one."""
         if error is not None:
             raise error
 
-    def _allgather(self, payload: Float64Array) -> Float64Array:
-        return payload[None, :]
+    def _maximum(self, a: Any) -> Any:
+        return a
 
-    def _allgather_bytes(self, message: bytes) -> list[bytes]:
-        return [message]
+    def _gather(self, a: Any) -> Any:
+        return a[None, :]
+
+    def _sum(self, a: Any) -> Any:
+        return a
+
+    def _broadcast(self, a: Any, root: int) -> Any:
+        return a
 
     def __reduce__(self) -> str:
         return "SELF"
@@ -112,14 +239,9 @@ def _like(array: Array, host: Float64Array) -> Array:
     return _array.from_numpy(host, _array.array_namespace(array), _array.device(array))
 
 
-def _differences(calls: list[bytes]) -> str:
-    """What the ranks hold, as far as it differs: "dtype: float32 on rank 0, float64 on rank 1"."""
-    unpacked = [_fields.unpack(call) for call in calls]
-    names = dict.fromkeys(name for fields in unpacked for name in fields)
-    texts = []
-    for name in names:
-        values = [fields.get(name, "absent") for fields in unpacked]
-        if any(value != values[0] for value in values):
-            held = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            texts.append(f"{name}: {held}")
-    return "; ".join(texts)
+def _described(fields: bytes, step: int) -> str:
+    """ "SyncBatchNorm 3, batch_norm, step 12": what a rank that waits in vain says that it waits for."""
+    said = _fields.unpack(fields)
+    layer = " ".join(str(said[name]) for name in ("layer", "name", "index") if said.get(name, "") != "")
+    words = [layer, str(said.get("operation", "a call")), f"step {step}" if step else ""]
+    return ", ".join(word for word in words if word)

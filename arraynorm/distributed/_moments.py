@@ -1,17 +1,19 @@
-"""Merging the moments of several ranks."""
+"""Merging the moments of several ranks, and adding their sums: two ways, for few ranks and for many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
+Moments = tuple[int, Float64Array, Float64Array]
+"""n, mean (C,), sum of squared deviations m2 (C,)."""
 
 
-def merge(parts: Iterable[tuple[int, Float64Array, Float64Array]]) -> tuple[int, Float64Array, Float64Array]:
-    """(n, mean (C,), m2 (C,)) of the union of `parts`, added in their order.
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of the union of `parts`, added in their order.
 
     Pairwise update of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances", 1979, equation 1.5: no square of a mean is ever subtracted, and equal constants merge to themselves.
@@ -28,3 +30,39 @@ def merge(parts: Iterable[tuple[int, Float64Array, Float64Array]]) -> tuple[int,
             m2 = m2 + m2_part + delta * delta * (n * n_part / total)
             n = total
     return n, mean, m2
+
+
+def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Array]) -> Moments:
+    """The moments of the union of all ranks' parts by two sums over the ranks, for O(log P) messages.
+
+    The first sum gives a mean g that is good to rounding of n * mean, the second the deviations from it:
+    with d = sum(n (mean - g)) / N,  mean = g + d,  m2 = sum(m2 + n (mean - g)^2) - N d^2. Without d the mean of equal
+    constants would not be that constant: mean - g has few bits, so its products and sums are exact.
+    """
+    n, mean, m2 = part
+    with np.errstate(all="ignore"):
+        count, total = _split(allreduce(np.concatenate(([float(n)], n * mean))))
+        if count == 0:
+            return 0, np.zeros_like(mean), np.zeros_like(m2)
+        g = total / count
+        delta = mean - g if n else np.zeros_like(mean)
+        sums = allreduce(np.concatenate((n * delta, m2 + n * delta * delta)))
+        channels = mean.shape[0]
+        d = sums[:channels] / count
+        return int(count), g + d, np.maximum(sums[channels:] - count * d * d, 0.0)
+
+
+def packed(part: Moments) -> Float64Array:
+    """[n, mean, m2], one message."""
+    n, mean, m2 = part
+    return np.concatenate(([float(n)], mean, m2))
+
+
+def unpacked(message: Float64Array) -> Moments:
+    n, moments = _split(message)
+    channels = moments.shape[0] // 2
+    return int(n), moments[:channels], moments[channels:]
+
+
+def _split(message: Float64Array) -> tuple[float, Float64Array]:
+    return float(message[0]), message[1:]

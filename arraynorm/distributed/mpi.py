@@ -1,14 +1,37 @@
-"""A communicator over mpi4py."""
+"""A communicator over mpi4py in which no wait is without an end."""
 
 from __future__ import annotations
 
-from typing import Any
+import atexit
+import functools
+import math
+import os
+import sys
+import threading
+import time
+from typing import Any, Self
 
 import numpy as np
 
-from arraynorm import _array
-from arraynorm.distributed._communicator import HostCommunicator
-from arraynorm.distributed._moments import Float64Array
+from arraynorm import _array, _fields
+from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
+from arraynorm.distributed._errors import SyncTimeoutError
+
+# Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
+# machine takes some 10 us, a poll 0.3 us.
+_SPINS, _YIELDS, _NAP = 50, 2000, 1e-4
+
+# Seconds before the job is aborted: the deadlines of the other ranks pass at about the same time, and they should
+# come to say so.
+_GRACE = 1.0
+
+_DEFAULTS: dict[str, Any] = {"timeout": 1800.0, "validate": True, "max_gathered_ranks": MAX_GATHERED_RANKS}
+
+# time.sleep(0) is no replacement where there is this: it sleeps for the timer's slack, some 60 us.
+_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+_abandoned: list[Any] = []
+"""Requests that never completed, and their buffers, which MPI may still write to."""
 
 
 def is_mpi4py(comm: object) -> bool:
@@ -19,42 +42,141 @@ def is_mpi4py(comm: object) -> bool:
 class MPICommunicator(HostCommunicator):
     """The ranks of an mpi4py communicator.
 
+    The first one over `comm` is made collectively: `comm` is duplicated, so that our messages can't meet the caller's,
+    the settings are compared, and the communicator is kept as an MPI attribute of `comm`. Later calls return that very
+    one (MPI libraries run out of duplicates after some 2000). It is freed with `comm`.
+
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
-        Duplicated once, so that our messages can't meet the caller's; the duplicate is kept as an MPI attribute of
-        `comm` and shared by every MPICommunicator over it. Creating the first one is therefore collective.
+    timeout : float
+        Seconds from when this rank starts to wait for its peers to when it gives up with a SyncTimeoutError; 1800.
+    validate : bool
+        Whether the ranks' calls are compared before each payload (True); without it a difference is a hang or garbage.
+    max_gathered_ranks : int
+        Up to so many ranks the statistics are gathered in one message; beyond, they are summed in two.
 
     Raises
     ------
     TypeError
         `comm` is not an mpi4py intracommunicator.
+    ValueError
+        `timeout` is not a positive number; or there is a communicator over `comm` with other settings.
+    SyncMismatchError
+        The ranks' settings differ.
+
+    Notes
+    -----
+    After a SyncTimeoutError the communicator is broken: every later use raises at once. Since MPI_Finalize would wait
+    for the missing rank for ever, the process then ends the whole job, by MPI_Abort, when it exits.
+    One thread uses a communicator at a time: for more, make one per `comm.Dup()`, in the same order on every rank.
     """
 
-    def __init__(self, comm: Any) -> None:
+    timeout: float
+    _comm: Any = None
+
+    def __new__(cls, comm: Any, **settings: Any) -> Self:
         if not _is_group_of_ranks(comm):
             raise TypeError(
                 f"MPICommunicator: comm must be an mpi4py intracommunicator, got {comm!r} "
                 "(pip install arraynorm[mpi] for mpi4py)"
             )
-        self._comm = _duplicate(comm)
+        found: Self | None = comm.Get_attr(_keyval())
+        return super().__new__(cls) if found is None else found
+
+    def __init__(
+        self,
+        comm: Any,
+        *,
+        timeout: float | None = None,
+        validate: bool | None = None,
+        max_gathered_ranks: int | None = None,
+    ) -> None:
+        settings = {"timeout": timeout, "validate": validate, "max_gathered_ranks": max_gathered_ranks}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if self._comm is None:
+            self._create(comm, **(_DEFAULTS | given))
+        for name, value in given.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"MPICommunicator: {name} must be that of the communicator over comm that there is, "
+                    f"{getattr(self, name)}, got {value}"
+                )
+
+    def _create(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int) -> None:
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"MPICommunicator: timeout must be a positive number of seconds, got {timeout!r}")
+        super().__init__(validate=True, max_gathered_ranks=max_gathered_ranks)
+        self.timeout = float(timeout)
+        self._broken = ""
+        self._call = "creating a communicator"
+        self._rank, self._size = comm.Get_rank(), comm.Get_size()
+        self._comm, request = comm.Idup()
+        self._wait(request)
+        settings = {"timeout": self.timeout, "validate": int(validate), "max_gathered_ranks": max_gathered_ranks}
+        self._agree_alone(_fields.pack({"operation": "creating a communicator", **settings}))
+        self.validate = validate
+        comm.Set_attr(_keyval(), self)
 
     @property
     def rank(self) -> int:
-        return int(self._comm.Get_rank())
+        return int(self._rank)
 
     @property
     def size(self) -> int:
-        return int(self._comm.Get_size())
+        return int(self._size)
 
-    def _allgather(self, payload: Float64Array) -> Float64Array:
-        gathered = np.empty((self.size, payload.shape[0]))
-        self._comm.Allgather(payload, gathered)
+    def _maximum(self, a: Any) -> Any:
+        greatest = np.empty_like(a)
+        self._wait(self._usable().Iallreduce(a, greatest, op=_mpi().MAX), a, greatest)
+        return greatest
+
+    def _gather(self, a: Any) -> Any:
+        gathered = np.empty((self.size, *a.shape), a.dtype)
+        self._wait(self._usable().Iallgather(a, gathered), a, gathered)
         return gathered
 
-    def _allgather_bytes(self, message: bytes) -> list[bytes]:
-        messages: list[bytes] = self._comm.allgather(message)
-        return messages
+    def _sum(self, a: Any) -> Any:
+        # Not an Allreduce: MPI recommends, but does not promise, that it gives all ranks the same bits.
+        total = np.empty_like(a)
+        self._wait(self._usable().Ireduce(a, total, op=_mpi().SUM, root=0), a, total)
+        return self._broadcast(total, 0)
+
+    def _broadcast(self, a: Any, root: int) -> Any:
+        self._wait(self._usable().Ibcast(a, root=root), a)
+        return a
+
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    def _usable(self) -> Any:
+        if self._broken:
+            raise SyncTimeoutError(f"the communicator is broken since an earlier call: {self._broken}")
+        return self._comm
+
+    def _wait(self, request: Any, *buffers: Any) -> None:
+        """Until `request` is complete, or the deadline has passed."""
+        polls, deadline = 0, time.monotonic() + self.timeout
+        while not request.Test():
+            polls += 1
+            if polls > _SPINS:
+                if polls < _YIELDS:
+                    _yield_core()
+                else:
+                    time.sleep(_NAP)
+                if time.monotonic() > deadline:
+                    self._give_up(request, buffers)
+
+    def _give_up(self, request: Any, buffers: tuple[Any, ...]) -> None:
+        # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
+        _abandoned.append((request, buffers, self._comm))
+        self._broken = (
+            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call}, and not all ranks came"
+        )
+        _abort_at_exit()
+        raise SyncTimeoutError(
+            f"{self._broken}; one has failed, hangs or makes other calls. The job will be aborted when this process "
+            "exits; run it by `python -m mpi4py` to have it aborted at a rank's first uncaught exception"
+        )
 
     def __repr__(self) -> str:
         return f"MPICommunicator(rank {self.rank} of {self.size})"
@@ -62,24 +184,46 @@ class MPICommunicator(HostCommunicator):
 
 def _is_group_of_ranks(comm: Any) -> bool:
     """Whether `comm` is an mpi4py intracommunicator, and not the null one that Split gives to whom it leaves out."""
-    if not is_mpi4py(comm):
-        return False
+    return is_mpi4py(comm) and isinstance(comm, _mpi().Intracomm) and comm != _mpi().COMM_NULL
+
+
+def wrapped(comm: Any) -> MPICommunicator:
+    """The communicator over a raw one that a layer was given."""
+    is_new = _is_group_of_ranks(comm) and comm.Get_attr(_keyval()) is None
+    if is_new and threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "a raw mpi4py communicator can't be wrapped in a thread, where the order of such calls is left to chance: "
+            "make one arraynorm.distributed.MPICommunicator(comm.Dup()) per thread, in the same order on all ranks"
+        )
+    return MPICommunicator(comm)
+
+
+@functools.cache
+def _keyval() -> int:
+    return int(_mpi().Comm.Create_keyval(delete_fn=_free))
+
+
+def _free(comm: Any, keyval: int, communicator: MPICommunicator) -> None:
+    """The raw communicator is being freed, by all its ranks: so is the duplicate."""
+    if not communicator._broken:
+        communicator._comm.Free()
+
+
+@functools.cache
+def _mpi() -> Any:
     from mpi4py import MPI
 
-    return isinstance(comm, MPI.Intracomm) and comm != MPI.COMM_NULL
+    return MPI
 
 
-_keyvals: list[int] = []
+@functools.cache
+def _abort_at_exit() -> None:
+    """End the job when this process exits, once it has given up on a peer."""
+    atexit.register(_abort)  # runs before mpi4py's own exit hook, whose MPI_Finalize would wait for ever
 
 
-def _duplicate(comm: Any) -> Any:
-    """The duplicate of `comm`, made at the first call: MPI libraries run out of communicators after some 2000."""
-    from mpi4py import MPI
-
-    if not _keyvals:
-        _keyvals.append(MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, duplicate: duplicate.Free()))
-    duplicate = comm.Get_attr(_keyvals[0])
-    if duplicate is None:
-        duplicate = comm.Dup()
-        comm.Set_attr(_keyvals[0], duplicate)
-    return duplicate
+def _abort() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(_GRACE)
+    _mpi().COMM_WORLD.Abort(1)

@@ -11,12 +11,12 @@ import numpy as np
 
 from arraynorm import _check
 from arraynorm.distributed._communicator import HostCommunicator
-from arraynorm.distributed._moments import Float64Array
+from arraynorm.distributed._errors import SyncTimeoutError
 
 T = TypeVar("T")
 
 
-class PeerLeftError(RuntimeError):
+class PeerLeftError(SyncTimeoutError):
     """A collective can't complete: a rank has returned or raised, or did not come in time."""
 
 
@@ -61,7 +61,8 @@ class ThreadGroup:
 class ThreadCommunicator(HostCommunicator):
     """One rank of a group of threads; `arraynorm.testing.run_ranks` makes them."""
 
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
+    def __init__(self, group: ThreadGroup, rank: int, **settings: Any) -> None:
+        super().__init__(**settings)
         self._group, self._rank = group, rank
 
     @property
@@ -72,11 +73,18 @@ class ThreadCommunicator(HostCommunicator):
     def size(self) -> int:
         return self._group.size
 
-    def _allgather(self, payload: Float64Array) -> Float64Array:
-        return np.stack(self._group.exchange(self._rank, payload))
+    def _maximum(self, a: Any) -> Any:
+        return self._gather(a).max(axis=0)
 
-    def _allgather_bytes(self, message: bytes) -> list[bytes]:
-        return self._group.exchange(self._rank, message)
+    def _gather(self, a: Any) -> Any:
+        return np.stack(self._group.exchange(self._rank, a))
+
+    def _sum(self, a: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return self._gather(a).sum(axis=0)
+
+    def _broadcast(self, a: Any, root: int) -> Any:
+        return self._group.exchange(self._rank, a)[root]
 
     def __repr__(self) -> str:
         return f"ThreadCommunicator(rank {self._rank} of {self.size})"

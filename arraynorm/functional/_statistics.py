@@ -20,6 +20,7 @@ def forward_fields(
     return {
         "operation": function,
         "channels": x.shape[axis],
+        "axis": axis,
         "dtype": _array.dtype_name(x.dtype),
         "ndim": x.ndim,
         "eps": eps,

@@ -18,6 +18,11 @@ class SynchronizedBatchNorm(BatchNorm):
     """Batch norm with a `comm`: a communicator, a raw mpi4py one (wrapped once), or None for the whole world."""
 
     _comm: Communicator | _Lost | None
+    _index: int
+    """The layer's number on its communicator. The ranks compare it, so that no layer meets another of equal size."""
+
+    name: str | None
+    """Compared by the ranks as well, and named in errors."""
 
     @property
     def comm(self) -> Any:
@@ -26,7 +31,8 @@ class SynchronizedBatchNorm(BatchNorm):
 
     @comm.setter
     def comm(self, comm: Any) -> None:
-        object.__setattr__(self, "_comm", distributed.as_communicator(comm, type(self).__name__))
+        comm = distributed.as_communicator(comm, type(self).__name__)
+        self.__dict__.update(_comm=comm, _index=distributed.layer_numbers(comm).take())
 
     def _collective(self) -> Communicator | None:
         """The communicator of a training forward; None in eval, which never communicates, and for one rank."""
@@ -43,6 +49,11 @@ class SynchronizedBatchNorm(BatchNorm):
         keeps = self._comm is None or self._comm is distributed.SELF
         return {**super().__getstate__(), "_comm": self._comm if keeps else _Lost()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._comm is None:  # it has the number that it had on the rank which made it
+            distributed.layer_numbers(None).skip(self._index)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self._comm)] = self._comm  # by reference: it stands for processes, not for data
         return super().__deepcopy__(memo)
@@ -53,7 +64,11 @@ class _LayerCommunicator:
 
     def __init__(self, comm: Communicator, layer: BatchNorm) -> None:
         self._comm = comm
-        fields: dict[str, _fields.Field] = {"layer": type(layer).__name__}
+        fields: dict[str, _fields.Field] = {
+            "layer": type(layer).__name__,
+            "name": layer.name or "",
+            "index": layer._index,
+        }
         if layer._moves_running_stats():
             momentum = layer.momentum
             fields["momentum"] = float(momentum) if isinstance(momentum, numbers.Real) else "cumulative"

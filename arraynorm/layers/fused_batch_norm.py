@@ -29,6 +29,8 @@ class FusedBatchNorm(SynchronizedBatchNorm):
         As for `BatchNorm`.
     comm : Communicator or mpi4py communicator, optional
         The ranks that share their statistics: this one alone by default; None is the whole world.
+    name : str, optional
+        As for `SyncBatchNorm`.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class FusedBatchNorm(SynchronizedBatchNorm):
         xp: ModuleType | None = None,
         device: Any = None,
         dtype: Any = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -74,6 +77,7 @@ class FusedBatchNorm(SynchronizedBatchNorm):
             device=device,
             dtype=dtype,
         )
+        self.name = name
         self.comm = comm
 
     def forward(self, x: Array, addend: Array | None = None) -> Array:

@@ -29,6 +29,8 @@ class SyncBatchNorm(SynchronizedBatchNorm):
     comm : Communicator or mpi4py communicator, optional
         The ranks that share. None is the whole world, resolved at the first training forward;
         `arraynorm.distributed.SELF` means no synchronization.
+    name : str, optional
+        What the ranks call the layer in errors. They compare it, as they do the layer's number on its communicator.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class SyncBatchNorm(SynchronizedBatchNorm):
         xp: ModuleType | None = None,
         device: Any = None,
         dtype: Any = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -71,6 +74,7 @@ class SyncBatchNorm(SynchronizedBatchNorm):
             device=device,
             dtype=dtype,
         )
+        self.name = name
         self.comm = comm
         self._source: type[BatchNorm] = BatchNorm
 
@@ -108,7 +112,8 @@ class SyncBatchNorm(SynchronizedBatchNorm):
             elif isinstance(layer, BatchNorm):
                 source = layer._source if isinstance(layer, SyncBatchNorm) else type(layer)
                 layer = layer._recreated_as(cls)
-                layer.__dict__.update(_source=source, _comm=comm)
+                layer.__dict__.update(_source=source, name=getattr(layer, "name", None))
+                layer.comm = comm
             return layer
 
         return _replaced(module, convert)
@@ -144,7 +149,7 @@ def revert_sync_batchnorm(module: Module) -> Module:
         elif isinstance(layer, SyncBatchNorm):
             source = layer._source
             layer = layer._recreated_as(source)
-            for name in ("_comm", "_source"):
+            for name in ("_comm", "_index", "_source"):
                 layer.__dict__.pop(name, None)
         return layer
 

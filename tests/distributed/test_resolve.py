@@ -25,6 +25,9 @@ LAUNCHERS = {
 x = np.random.default_rng(0).normal(size=(6, 3))
 
 
+DONE = SimpleNamespace(Test=lambda: True)
+
+
 class Intracomm:
     """mpi4py's, for one rank: as much of it as is used here."""
 
@@ -37,15 +40,17 @@ class Intracomm:
     def Get_size(self):
         return self.ranks
 
-    def Allgather(self, payload, gathered):
+    def Iallgather(self, payload, gathered):
         gathered[...] = payload
+        return DONE
 
-    def allgather(self, message):
-        return [message] * self.ranks
+    def Iallreduce(self, payload, greatest, op):
+        greatest[...] = payload
+        return DONE
 
-    def Dup(self):
+    def Idup(self):
         self.duplicates.append(Intracomm(self.ranks))
-        return self.duplicates[-1]
+        return self.duplicates[-1], DONE
 
     def Get_attr(self, keyval):
         return self.attributes.get(keyval)
@@ -78,11 +83,15 @@ def mpi4py(monkeypatch):
     package, module = ModuleType("mpi4py"), ModuleType("mpi4py.MPI")
     package.__spec__, package.MPI = ModuleSpec("mpi4py", None), module
     module.Intracomm, module.COMM_NULL, module.COMM_WORLD = Intracomm, Intracomm(0), Intracomm(2)
-    module.Comm = SimpleNamespace(Create_keyval=lambda delete_fn: 7)
+    module.Comm, module.MAX = SimpleNamespace(Create_keyval=lambda delete_fn: 7), None
+    module.get_vendor = lambda: ("a stand-in", (1,))
     monkeypatch.setitem(sys.modules, "mpi4py", package)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", module)
-    monkeypatch.setattr(mpi, "_keyvals", [])
-    return module
+    for cached in (mpi._mpi, mpi._keyval):
+        cached.cache_clear()
+    yield module
+    for cached in (mpi._mpi, mpi._keyval):
+        cached.cache_clear()
 
 
 # -- the world -------------------------------------------------------------------------------------------------

@@ -214,13 +214,13 @@ class Recorded(ThreadCommunicator):
         super().__init__(comm._group, comm.rank)
         self.sent: list[str] = []
 
-    def _allgather(self, payload: Any) -> Any:
+    def _gather(self, a: Any) -> Any:
         self.sent.append("payload")
-        return super()._allgather(payload)
+        return super()._gather(a)
 
-    def _allgather_bytes(self, message: bytes) -> list[bytes]:
+    def _maximum(self, a: Any) -> Any:
         self.sent.append("agreement")
-        return super()._allgather_bytes(message)
+        return self._group.exchange(self._rank, a)[0]
 
 
 @pytest.mark.behaviour(39)

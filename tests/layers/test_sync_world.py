@@ -12,6 +12,7 @@ import pytest
 
 import arraynorm as an
 from arraynorm.distributed import SELF
+from arraynorm.distributed._communicator import LayerNumbers
 from arraynorm.distributed.threads import ThreadCommunicator
 from layer_cases import assert_close, backward, draw, held
 from sync_cases import LAYERS, SHAPE, SYNC, Kind, on_ranks, shards, trained
@@ -52,6 +53,8 @@ def test_no_communicator_means_the_world_from_the_first_training_forward_on(monk
         return mine.get()
 
     monkeypatch.setattr(an.distributed, "world", world)
+    # layers of the world are numbered per process, and here all ranks are one
+    monkeypatch.setattr(an.distributed, "layer_numbers", lambda comm: LayerNumbers())
     x = draw(*SHAPE, dtype="float64")
 
     def rank(comm: ThreadCommunicator) -> list[Any]:

@@ -14,11 +14,11 @@ import pytest
 from arraynorm.distributed._resolve import launched_ranks
 
 RANKS = launched_ranks(os.environ)
-STARTER = "test_under_mpiexec.py"
+STARTERS = ("test_under_mpiexec.py", "test_faulty_jobs.py")
 
-# On one rank the tests of ranks are not for collection: the starter runs them.
+# On one rank the tests of ranks are not for collection: the starters run them.
 collect_ignore = [
-    path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name == STARTER) == (RANKS > 1)
+    path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name in STARTERS) == (RANKS > 1)
 ]
 
 

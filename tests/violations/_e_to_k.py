@@ -64,8 +64,8 @@ E_TO_K = [
         33,
         "fused layers keep their communicator",
         "layers/sync_batch_norm.py",
-        "                layer.comm = comm",
-        "                pass",
+        "FusedBatchNorm):\n                layer.comm = comm",
+        "FusedBatchNorm):\n                pass",
     ),
     Violation(
         34,

@@ -1,0 +1,15 @@
+"""What goes wrong between ranks."""
+
+from __future__ import annotations
+
+
+class SyncError(RuntimeError):
+    """A collective call of this package failed."""
+
+
+class SyncMismatchError(SyncError):
+    """The ranks' calls differ, or one of them was refused; the same error is raised on every rank."""
+
+
+class SyncTimeoutError(SyncError):
+    """A rank did not come to a collective within the deadline; the communicator can't be used any more."""
