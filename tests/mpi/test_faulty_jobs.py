@@ -56,7 +56,7 @@ def test_a_fault_ends_in_one_error_on_all_other_ranks(fault, ending, step, error
 def test_the_rank_that_made_one_call_too_many_gives_up_and_ends_the_job(tmp_path):
     status, log = run(tmp_path, "extra_call", "caught")
     assert status not in (0, None), log
-    assert "rank 2: SyncTimeoutError: rank 2 of 3 waited 2 s in SyncBatchNorm 0, batch_norm" in log
+    assert "rank 2: SyncTimeoutError: rank 2 of 3 waited 4 s in SyncBatchNorm 0, batch_norm" in log
 
 
 @pytest.mark.parametrize("step", ["", "step"])
