@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import arraynorm as an
-from arraynorm.distributed import SELF, world
+from arraynorm.distributed import SELF, allreduce_gradients, world
 from arraynorm.typing import Communicator
 from digits_net import Array, AvgPool2x2, Conv3x3, Dense, Flatten, ReLU, cross_entropy
 from digits_report import (
@@ -124,7 +124,7 @@ def train_step(
     loss, dlogits = cross_entropy(network(x), y)
     network.backward(dlogits / batch_size)
     if comm.size > 1:
-        sum_gradients(network, comm)
+        allreduce_gradients(network, comm)
     for _, parameter, gradient in network.named_gradients():
         parameter -= rate * gradient
     return loss
@@ -182,16 +182,6 @@ def cuts(samples: int, ranks: int) -> Array:
     """Where a batch is cut, unevenly on purpose: 3/4 and 1/4 for two ranks; 5/9, 3/9 and 1/9 for three."""
     left = np.arange(ranks, -1, -1) / ranks
     return np.rint(samples * (1 - left**2)).astype(int)
-
-
-def sum_gradients(network: an.Module, comm: Communicator) -> None:
-    """Add every gradient over the ranks, in one message."""
-    gradients = [gradient for _, _, gradient in network.named_gradients()]
-    total = comm.allreduce_sum(np.concatenate([gradient.ravel() for gradient in gradients]))
-    start = 0
-    for gradient in gradients:
-        gradient[...] = total[start : start + gradient.size].reshape(gradient.shape)
-        start += gradient.size
 
 
 def train_shards(network: an.Module, data: Data, comm: Communicator, seed: int) -> dict[str, Array]:
