@@ -30,15 +30,20 @@ def forward_fields(
     }
 
 
-def batch_statistics(x3: Array, shape: tuple[int, ...], comm: Communicator | None) -> tuple[Array, Array, int]:
+def merged_statistics(x3: Array, comm: Communicator) -> tuple[Array, Array, int]:
     """Mean, biased variance and count per channel of x3 (N, C, S), over all ranks."""
-    count = x3.shape[0] * x3.shape[2]
     mean, m2 = batch_norm_stats(x3)
-    if comm is not None:
-        count, mean, m2 = comm.merge_moments(count, mean, m2)
-    _check.more_than_one_value(count, shape, 1 if comm is None else comm.size)
+    count, mean, m2 = comm.merge_moments(x3.shape[0] * x3.shape[2], mean, m2)
+    _check.more_than_one_value(count, (), comm.size)
     with _array.silent():
         return mean, m2 / max(count, 1), count
+
+
+def local_count(x3: Array, shape: tuple[int, ...]) -> int:
+    """Values per channel of x3 (N, C, S), where they are all there are."""
+    count: int = x3.shape[0] * x3.shape[2]
+    _check.more_than_one_value(count, shape)
+    return count
 
 
 def frozen_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array]:
@@ -47,11 +52,8 @@ def frozen_statistics(mean: Array, var: Array, eps: float) -> tuple[Array, Array
     return xp.astype(mean, xp.float64, copy=True), reciprocal_std(_array.widen(var), eps)
 
 
-def global_means(sums: tuple[Array, Array], count: int, comm: Communicator | None) -> tuple[Array, Array]:
+def global_means(sums: tuple[Array, Array], count: int, comm: Communicator) -> tuple[Array, Array]:
     """The two means of batch norm's backward, over all ranks: one message."""
-    sum_dy, sum_dy_x_hat = sums
-    if comm is not None:
-        total = comm.allreduce_sum(_array.array_namespace(sum_dy).stack(sums))
-        sum_dy, sum_dy_x_hat = total[0, :], total[1, :]
+    total = comm.allreduce_sum(_array.array_namespace(sums[0]).stack(sums))
     with _array.silent():
-        return sum_dy / max(count, 1), sum_dy_x_hat / max(count, 1)
+        return total[0, :] / max(count, 1), total[1, :] / max(count, 1)

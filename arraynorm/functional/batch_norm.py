@@ -10,18 +10,14 @@ from arraynorm.functional._agreement import agreement
 from arraynorm.functional._backward import check_backward, parameter_gradients
 from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.functional._statistics import (
-    batch_statistics,
     check_statistics,
     forward_fields,
     frozen_statistics,
     global_means,
+    local_count,
+    merged_statistics,
 )
-from arraynorm.kernels.reference.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward_apply,
-    batch_norm_backward_reduce,
-    batch_norm_frozen_backward_apply,
-)
+from arraynorm.kernels.reference import batch_norm as kernels
 from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import AffineGradients, Array, Communicator
 
@@ -175,12 +171,15 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache, *, out: Array | None =
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)
-    sums = batch_norm_backward_reduce(dy3, x3, mean, rstd)
-    mean_dy, mean_dy_x_hat = global_means(sums, count, comm)
     view = _array.out_view(out, shape)
-    dx = batch_norm_backward_apply(dy3, x3, mean, rstd, weight, mean_dy, mean_dy_x_hat, view)
+    if comm is None:
+        dx, dweight, dbias = kernels.batch_norm_backward(dy3, x3, mean, rstd, weight, view)
+    else:
+        dbias, dweight = kernels.batch_norm_backward_reduce(dy3, x3, mean, rstd)
+        means = global_means((dbias, dweight), count, comm)
+        dx = kernels.batch_norm_backward_apply(dy3, x3, mean, rstd, weight, *means, view)
     return AffineGradients(
-        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, sums[1]), (bias, sums[0]))
+        _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, dweight), (bias, dbias))
     )
 
 
@@ -203,10 +202,14 @@ def _forward(
         fields.update(forward_fields(function, x, weight, bias, axis, eps, keep))
     shape = _array.channel_view(x.shape, axis)
     x3 = _array.array_namespace(x).reshape(x, shape)
-    mean, var, count = batch_statistics(x3, x.shape, comm)
-    rstd = reciprocal_std(var, eps)
     view = _array.out_view(out, shape)
-    y = batch_norm_apply(x3, mean, rstd, weight, bias, view)
+    if comm is None:
+        count = local_count(x3, x.shape)
+        y, mean, var, rstd = kernels.batch_norm_forward(x3, weight, bias, eps, view)
+    else:
+        mean, var, count = merged_statistics(x3, comm)
+        rstd = reciprocal_std(var, eps)
+        y = kernels.batch_norm_apply(x3, mean, rstd, weight, bias, view)
     cache = BatchNormCache(x, weight, bias, mean, var, rstd, count, axis, comm)
     return _array.deliver(y, x.shape, out, view), cache
 
@@ -290,9 +293,9 @@ def batch_norm_frozen_backward(dy: Array, cache: FrozenBatchNormCache, *, out: A
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)
-    sums = batch_norm_backward_reduce(dy3, x3, mean, rstd)
+    sums = kernels.batch_norm_backward_reduce(dy3, x3, mean, rstd)
     view = _array.out_view(out, shape)
-    dx = batch_norm_frozen_backward_apply(dy3, x3, rstd, weight, view)
+    dx = kernels.batch_norm_frozen_backward_apply(dy3, x3, rstd, weight, view)
     return AffineGradients(
         _array.deliver(dx, x.shape, out, view), *parameter_gradients(x, (weight, sums[1]), (bias, sums[0]))
     )
@@ -318,5 +321,5 @@ def _frozen_forward(
     shape = _array.channel_view(x.shape, axis)
     view = _array.out_view(out, shape)
     x3 = _array.array_namespace(x).reshape(x, shape)
-    y = batch_norm_apply(x3, mean, rstd, weight, bias, view)
+    y = kernels.batch_norm_apply(x3, mean, rstd, weight, bias, view)
     return _array.deliver(y, x.shape, out, view), FrozenBatchNormCache(x, weight, bias, mean, rstd, axis)

@@ -10,18 +10,14 @@ from arraynorm.functional._agreement import agreement
 from arraynorm.functional._backward import check_backward, parameter_gradients
 from arraynorm.functional._forward import check_channels, check_output
 from arraynorm.functional._statistics import (
-    batch_statistics,
     check_statistics,
     forward_fields,
     frozen_statistics,
     global_means,
+    local_count,
+    merged_statistics,
 )
-from arraynorm.kernels.reference.batch_norm_add_relu import (
-    batch_norm_add_relu_apply,
-    batch_norm_add_relu_backward_apply,
-    batch_norm_add_relu_backward_reduce,
-    batch_norm_add_relu_frozen_backward_apply,
-)
+from arraynorm.kernels.reference import batch_norm_add_relu as kernels
 from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import AddReluGradients, Array, Communicator
 
@@ -160,16 +156,21 @@ def batch_norm_add_relu_backward(dy: Array, cache: BatchNormAddReluCache, *, out
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)
-    sums = batch_norm_add_relu_backward_reduce(dy3, mask, x3, mean, rstd)
-    mean_g, mean_g_x_hat = global_means(sums, count, comm)
     view, view_addend = _array.out_view(out, shape), _array.out_view(out_addend, shape)
-    dx, daddend = batch_norm_add_relu_backward_apply(
-        dy3, mask, x3, mean, rstd, weight, mean_g, mean_g_x_hat, has_addend, view, view_addend
-    )
+    if comm is None:
+        dx, daddend, dweight, dbias = kernels.batch_norm_add_relu_backward(
+            dy3, mask, x3, mean, rstd, weight, has_addend, view, view_addend
+        )
+    else:
+        dbias, dweight = kernels.batch_norm_add_relu_backward_reduce(dy3, mask, x3, mean, rstd)
+        means = global_means((dbias, dweight), count, comm)
+        dx, daddend = kernels.batch_norm_add_relu_backward_apply(
+            dy3, mask, x3, mean, rstd, weight, *means, has_addend, view, view_addend
+        )
     return AddReluGradients(
         _array.deliver(dx, x.shape, out, view),
         None if daddend is None else _array.deliver(daddend, x.shape, out_addend, view_addend),
-        *parameter_gradients(x, (weight, sums[1]), (bias, sums[0])),
+        *parameter_gradients(x, (weight, dweight), (bias, dbias)),
     )
 
 
@@ -195,11 +196,15 @@ def _forward(
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     x3 = xp.reshape(x, shape)
-    mean, var, count = batch_statistics(x3, x.shape, comm)
-    rstd = reciprocal_std(var, eps)
     addend3 = None if addend is None else xp.reshape(addend, shape)
     view = _array.out_view(out, shape)
-    y, mask = batch_norm_add_relu_apply(x3, addend3, mean, rstd, weight, bias, view)
+    if comm is None:
+        count = local_count(x3, x.shape)
+        y, mask, mean, var, rstd = kernels.batch_norm_add_relu_forward(x3, addend3, weight, bias, eps, view)
+    else:
+        mean, var, count = merged_statistics(x3, comm)
+        rstd = reciprocal_std(var, eps)
+        y, mask = kernels.batch_norm_add_relu_apply(x3, addend3, mean, rstd, weight, bias, view)
     cache = BatchNormAddReluCache(x, weight, bias, addend is not None, mean, var, rstd, mask, count, axis, comm)
     return _array.deliver(y, x.shape, out, view), cache
 
@@ -286,9 +291,11 @@ def batch_norm_add_relu_frozen_backward(
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)
-    sums = batch_norm_add_relu_backward_reduce(dy3, mask, x3, mean, rstd)
+    sums = kernels.batch_norm_add_relu_backward_reduce(dy3, mask, x3, mean, rstd)
     view, view_addend = _array.out_view(out, shape), _array.out_view(out_addend, shape)
-    dx, daddend = batch_norm_add_relu_frozen_backward_apply(dy3, mask, x3, rstd, weight, has_addend, view, view_addend)
+    dx, daddend = kernels.batch_norm_add_relu_frozen_backward_apply(
+        dy3, mask, x3, rstd, weight, has_addend, view, view_addend
+    )
     return AddReluGradients(
         _array.deliver(dx, x.shape, out, view),
         None if daddend is None else _array.deliver(daddend, x.shape, out_addend, view_addend),
@@ -319,7 +326,7 @@ def _frozen_forward(
     xp = _array.array_namespace(x)
     addend3 = None if addend is None else xp.reshape(addend, shape)
     view = _array.out_view(out, shape)
-    y, mask = batch_norm_add_relu_apply(xp.reshape(x, shape), addend3, mean, rstd, weight, bias, view)
+    y, mask = kernels.batch_norm_add_relu_apply(xp.reshape(x, shape), addend3, mean, rstd, weight, bias, view)
     cache = FrozenBatchNormAddReluCache(x, weight, bias, addend is not None, mean, rstd, mask, axis)
     return _array.deliver(y, x.shape, out, view), cache
 

@@ -109,8 +109,8 @@ E_TO_K = [
         37,
         "a rank with one value refuses it before it asks the others",
         "functional/_statistics.py",
-        "    if comm is not None:\n        count, mean, m2",
-        "    if comm is not None:\n        _check.more_than_one_value(count, shape)\n        count, mean, m2",
+        "    count, mean, m2 = comm.merge",
+        "    local_count(x3, ())\n    count, mean, m2 = comm.merge",
     ),
     Violation(
         38,

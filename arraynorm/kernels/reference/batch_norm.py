@@ -1,6 +1,7 @@
 """Batch norm over x (N, C, S): statistics per channel over N and S.
 
-Split where a collective goes: stats -> (merge over ranks) -> apply, and reduce -> (sum over ranks) -> apply.
+Split where a collective goes: stats -> (merge over ranks) -> apply, and reduce -> (sum over ranks) -> apply. Without
+one, forward and backward are single kernels, made of the same parts and with the same bits.
 Source: Ioffe & Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, section 3.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from arraynorm import _array
 from arraynorm.kernels._kernel import Kernel
-from arraynorm.kernels.reference.moments import moments
+from arraynorm.kernels.reference.moments import moments, reciprocal_std
 from arraynorm.typing import Array
 
 
@@ -35,6 +36,17 @@ def affine_of_x_hat(x: Array, mean: Array, rstd: Array, weight: Array | None, bi
     if weight is not None:
         y = y * weight
     return y if bias is None else y + bias
+
+
+@Kernel
+def batch_norm_forward(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """x (N, C, S); weight, bias (C,) -> y (N, C, S); mean, var, rstd (C,) float64, var biased."""
+    mean, m2 = batch_norm_stats.reference(x)
+    var = m2 / max(x.shape[0] * x.shape[2], 1)
+    rstd = reciprocal_std(var, eps)
+    return batch_norm_apply.reference(x, mean, rstd, weight, bias, out), mean, var, rstd
 
 
 @Kernel
@@ -75,3 +87,14 @@ def batch_norm_frozen_backward_apply(
     rstd, weight = (_array.per_channel(a, axis=1, ndim=3) for a in (rstd, weight))
     dx = _array.widen(dy) * rstd
     return _array.store(dx if weight is None else dx * weight, x.dtype, out)
+
+
+@Kernel
+def batch_norm_backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array | None, out: Array | None
+) -> tuple[Array, Array, Array]:
+    """dy, x (N, C, S); mean, rstd, weight (C,) -> dx (N, C, S); dweight, dbias (C,) float64."""
+    dbias, dweight = batch_norm_backward_reduce.reference(dy, x, mean, rstd)
+    n = max(x.shape[0] * x.shape[2], 1)
+    dx = batch_norm_backward_apply.reference(dy, x, mean, rstd, weight, dbias / n, dweight / n, out)
+    return dx, dweight, dbias

@@ -15,7 +15,9 @@ from arraynorm.kernels.reference.batch_norm import (
     batch_norm_backward_apply,
     batch_norm_backward_reduce,
     batch_norm_frozen_backward_apply,
+    batch_norm_stats,
 )
+from arraynorm.kernels.reference.moments import reciprocal_std
 from arraynorm.typing import Array
 
 
@@ -37,6 +39,17 @@ def batch_norm_add_relu_apply(
     # rounded first: a v that underflows to 0 in x's dtype is at the kink, where the gradient is 0
     y = _array.store(xp.maximum(v, xp.zeros_like(v)), x.dtype, out)
     return y, pack_bits(y > 0)
+
+
+@Kernel
+def batch_norm_add_relu_forward(
+    x: Array, addend: Array | None, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Array, Array, Array, Array, Array]:
+    """x, addend (N, C, S); weight, bias (C,) -> y, mask as above; mean, var, rstd (C,) float64, var biased."""
+    mean, m2 = batch_norm_stats.reference(x)
+    var = m2 / max(x.shape[0] * x.shape[2], 1)
+    rstd = reciprocal_std(var, eps)
+    return *batch_norm_add_relu_apply.reference(x, addend, mean, rstd, weight, bias, out), mean, var, rstd
 
 
 @Kernel
@@ -65,6 +78,27 @@ def batch_norm_add_relu_backward_apply(
     g = _through_relu(dy, mask)
     dx = batch_norm_backward_apply.reference(g, x, mean, rstd, weight, mean_g, mean_g_x_hat, out)
     return dx, _array.store(g, x.dtype, out_addend) if with_addend else None
+
+
+@Kernel
+def batch_norm_add_relu_backward(
+    dy: Array,
+    mask: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    with_addend: bool,
+    out: Array | None,
+    out_addend: Array | None,
+) -> tuple[Array, Array | None, Array, Array]:
+    """dy, x (N, C, S); mask as above; mean, rstd, weight (C,) -> dx, daddend; dweight, dbias (C,) float64."""
+    dbias, dweight = batch_norm_add_relu_backward_reduce.reference(dy, mask, x, mean, rstd)
+    n = max(x.shape[0] * x.shape[2], 1)
+    dx, daddend = batch_norm_add_relu_backward_apply.reference(
+        dy, mask, x, mean, rstd, weight, dbias / n, dweight / n, with_addend, out, out_addend
+    )
+    return dx, daddend, dweight, dbias
 
 
 @Kernel
