@@ -1,0 +1,74 @@
+// The calls of the kernels: plain structs, filled in by the binding, run by the code of one ISA level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.hpp"
+
+namespace arraynorm {
+
+// A batch norm's volume (N, C, S), in one of the two shapes in which memory is walked.
+struct Volume {
+    enum class Layout {
+        planes,   // S adjacent elements of one channel at a time; samples and channels at any distance
+        columns,  // rows of C * S adjacent elements: channels last, two-dimensional, or S so small that a plane is no run
+    };
+    Layout layout;
+    int64_t n, c, s;
+    int64_t plane_size() const { return n * s; }  // values per channel
+    int64_t size() const { return n * c * s; }
+};
+
+// An array seen as a volume; distances in elements. (For columns `channel` is s.)
+struct Tensor {
+    void* data = nullptr;
+    int64_t sample = 0, channel = 0;
+
+    template <class T>
+    T* at(int64_t n, int64_t c) const {
+        return static_cast<T*>(data) + n * sample + c * channel;
+    }
+    explicit operator bool() const { return data != nullptr; }
+};
+
+struct BatchNormForward {
+    DType dtype;
+    Volume volume;
+    Tensor x, y, addend;
+    uint8_t* mask;               // with it: add the addend, if there is one, apply ReLU, and keep where the result is > 0
+    const double *weight, *bias;  // (C,) or null
+    double eps;
+    double *mean, *m2, *rstd;  // (C,)
+    bool takes_statistics;     // compute mean, m2 and rstd; else mean and rstd are given
+    bool writes;               // compute y
+    bool streaming;
+};
+
+struct BatchNormBackward {
+    DType dtype;
+    Volume volume;
+    Tensor dy, x, dx, daddend;
+    const uint8_t* mask;   // with it: dy counts where its bit is set
+    const double* weight;  // (C,) or null
+    const double *mean, *rstd;
+    double *dbias, *dweight;              // (C,) sums of dy and dy * x_hat
+    double *mean_dy, *mean_dy_x_hat;      // (C,) or null: statistics that do not depend on x
+    bool reduces;                         // compute the sums, and, where there are means and dx, those
+    bool writes;                          // compute dx
+    bool streaming;
+};
+
+// What one ISA level has.
+struct Kernels {
+    const char* isa;
+    void (*batch_norm_forward)(const BatchNormForward&);
+    void (*batch_norm_backward)(const BatchNormBackward&);
+};
+
+const Kernels& baseline_kernels();
+#if defined(ARRAYNORM_HAS_V3)
+const Kernels& v3_kernels();
+#endif
+
+}  // namespace arraynorm

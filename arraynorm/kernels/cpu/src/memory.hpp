@@ -1,0 +1,24 @@
+// Memory for results: aligned to cache lines, and recycled.
+//
+// A fresh block above glibc's threshold is a new mapping whose pages the kernel has to clear one by one, which takes as
+// long as the norm itself. So large blocks that arrays give back are kept, up to a limit, for the next result of about
+// their size. Arrays made of them own their data as any other (NumPy's NEP 49).
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+
+namespace arraynorm {
+
+// The capsule for PyDataMem_SetHandler (borrowed).
+PyObject* memory_handler();
+
+// Bytes kept at most, and now; what is kept can be given back.
+void set_memory_limit(int64_t bytes);
+int64_t memory_limit();
+int64_t memory_kept();
+void release_memory();
+
+}  // namespace arraynorm

@@ -1,0 +1,309 @@
+// Eight elements at a time: a Pack of a computation type (float or double), loaded from and stored to any of the four
+// storage types. The only file that knows of registers; everything above it is plain arithmetic on packs.
+//
+// Compiled once per ISA level, in a namespace of its own (ARRAYNORM_ISA). Registers are GCC and Clang vector types,
+// which exist on every architecture; intrinsics stand only where those have no words: fused multiply-add, stores that
+// bypass the cache, half precision, and collecting signs into bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "types.hpp"
+
+namespace arraynorm::ARRAYNORM_ISA {
+
+inline constexpr int lanes = 8;
+
+#if defined(__AVX__)
+inline constexpr int register_bytes = 32;
+#else
+inline constexpr int register_bytes = 16;
+#endif
+
+template <class E>
+struct Pack {
+    static_assert(std::is_same_v<E, float> || std::is_same_v<E, double>);
+    static constexpr int width = register_bytes / sizeof(E);
+    static constexpr int parts = lanes / width;
+    typedef E Register __attribute__((vector_size(register_bytes)));
+    Register part[parts];
+
+    Pack() = default;
+    explicit Pack(E value) {
+        for (auto& p : part) p = value - Register{};
+    }
+};
+
+template <class E, class F>
+inline Pack<E> each(Pack<E> a, Pack<E> b, F f) {
+    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] = f(a.part[i], b.part[i]);
+    return a;
+}
+
+template <class E>
+inline Pack<E> operator+(Pack<E> a, Pack<E> b) {
+    return each(a, b, [](auto u, auto v) { return u + v; });
+}
+template <class E>
+inline Pack<E> operator-(Pack<E> a, Pack<E> b) {
+    return each(a, b, [](auto u, auto v) { return u - v; });
+}
+template <class E>
+inline Pack<E> operator*(Pack<E> a, Pack<E> b) {
+    return each(a, b, [](auto u, auto v) { return u * v; });
+}
+template <class E>
+inline Pack<E> operator/(Pack<E> a, Pack<E> b) {
+    return each(a, b, [](auto u, auto v) { return u / v; });
+}
+
+// max(a, 0), and NaN for NaN.
+template <class E>
+inline Pack<E> relu(Pack<E> a) {
+    return each(a, a, [](auto u, auto) { return u < 0 ? decltype(u){} : u; });
+}
+
+#if defined(__FMA__)
+inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+template <class R>
+inline R fused(R a, R b, R c) {
+    return a * b + c;
+}
+#endif
+
+// a * b + c, rounded once where the ISA level can.
+template <class E>
+inline Pack<E> fma(Pack<E> a, Pack<E> b, Pack<E> c) {
+    for (int i = 0; i < Pack<E>::parts; ++i) c.part[i] = fused(a.part[i], b.part[i], c.part[i]);
+    return c;
+}
+
+// The sum of the eight elements, in double, always in the same order.
+template <class E>
+inline double sum(Pack<E> a) {
+    E v[lanes];
+    std::memcpy(v, &a, sizeof v);
+    return ((double(v[0]) + v[4]) + (double(v[2]) + v[6])) + ((double(v[1]) + v[5]) + (double(v[3]) + v[7]));
+}
+
+// -- conversions between the computation types ----------------------------------------------------------------
+
+typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
+
+inline Pack<double> widened(const float* p) {
+    Pack<double> r;
+    for (int i = 0; i < Pack<double>::parts; ++i) {
+        HalfOfFloats half;
+        std::memcpy(&half, p + i * Pack<double>::width, sizeof half);
+        r.part[i] = __builtin_convertvector(half, Pack<double>::Register);
+    }
+    return r;
+}
+
+inline Pack<float> narrowed(Pack<double> a) {
+    Pack<float> r;
+#if defined(__AVX__)
+    r.part[0] = _mm256_set_m128(_mm256_cvtpd_ps(a.part[1]), _mm256_cvtpd_ps(a.part[0]));
+#else
+    for (int i = 0; i < Pack<double>::parts; ++i) {
+        HalfOfFloats half = __builtin_convertvector(a.part[i], HalfOfFloats);
+        std::memcpy(reinterpret_cast<float*>(&r) + i * Pack<double>::width, &half, sizeof half);
+    }
+#endif
+    return r;
+}
+
+// -- the two 16-bit formats -----------------------------------------------------------------------------------
+
+typedef uint16_t Bits16 __attribute__((vector_size(16)));
+typedef uint32_t Bits32 __attribute__((vector_size(32)));
+
+// -Wpsabi warns that such a value would be passed in another way without AVX; nothing here is passed between ISA levels.
+inline Pack<float> from_storage(const bfloat16* p) {
+    Bits16 bits;
+    std::memcpy(&bits, p, sizeof bits);
+    Bits32 wide = __builtin_convertvector(bits, Bits32) << 16;
+    Pack<float> r;
+    std::memcpy(&r, &wide, sizeof r);
+    return r;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline Bits16 to_bits(bfloat16, Pack<float> a) {
+    Bits32 bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    Bits32 nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Bits16);
+}
+
+#if defined(__F16C__)
+inline Pack<float> from_storage(const float16* p) {
+    Pack<float> r;
+    r.part[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return r;
+}
+inline Bits16 to_bits(float16, Pack<float> a) {
+    return reinterpret_cast<Bits16>(_mm256_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Pack<float> from_storage(const float16* p) {
+    float v[lanes];
+    for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
+    Pack<float> r;
+    std::memcpy(&r, v, sizeof r);
+    return r;
+}
+inline Bits16 to_bits(float16, Pack<float> a) {
+    float v[lanes];
+    std::memcpy(v, &a, sizeof v);
+    Bits16 bits;
+    for (int i = 0; i < lanes; ++i) bits[i] = to_float16(v[i]).bits;
+    return bits;
+}
+#endif
+
+// -- load and store -------------------------------------------------------------------------------------------
+
+// Eight elements from p.
+template <class E, class T>
+inline Pack<E> load(const T* p) {
+    if constexpr (std::is_same_v<E, T>) {
+        Pack<E> r;
+        std::memcpy(&r, p, sizeof r);
+        return r;
+    } else if constexpr (std::is_same_v<T, float>) {
+        return widened(p);
+    } else if constexpr (std::is_same_v<E, float>) {
+        return from_storage(p);
+    } else {
+        Pack<float> single = from_storage(p);
+        return widened(reinterpret_cast<const float*>(&single));
+    }
+}
+
+// The first n < 8 elements from p, then `fill`.
+template <class E, class T>
+inline Pack<E> load(const T* p, int64_t n, T fill = T{}) {
+    T padded[lanes] = {fill, fill, fill, fill, fill, fill, fill, fill};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load<E>(padded);
+}
+
+// What is stored of a pack: eight elements of T.
+template <class T, class E>
+inline auto rounded(Pack<E> a) {
+    if constexpr (std::is_same_v<T, E>)
+        return a;
+    else if constexpr (std::is_same_v<T, float>)
+        return narrowed(a);
+    else if constexpr (std::is_same_v<E, float>)
+        return to_bits(T{}, a);
+    else
+        return to_bits(T{}, narrowed(a));
+}
+
+template <class T, class E>
+inline void store(T* p, Pack<E> a) {
+    auto r = rounded<T>(a);
+    std::memcpy(p, &r, sizeof r);
+}
+
+template <class T, class E>
+inline void store(T* p, Pack<E> a, int64_t n) {
+    auto r = rounded<T>(a);
+    std::memcpy(p, &r, n * sizeof(T));
+}
+
+// Bypasses the cache; p must be aligned to 32 bytes (16 for the 16-bit formats).
+template <class T, class E>
+inline void stream(T* p, Pack<E> a) {
+#if defined(__x86_64__)
+    auto r = rounded<T>(a);
+    constexpr int bytes = sizeof r < register_bytes ? sizeof r : register_bytes;
+    for (size_t i = 0; i < sizeof r / bytes; ++i) {
+        const char* from = reinterpret_cast<const char*>(&r) + i * bytes;
+        char* to = reinterpret_cast<char*>(p) + i * bytes;
+#if defined(__AVX__)
+        if constexpr (bytes == 32) {
+            __m256i v;
+            std::memcpy(&v, from, 32);
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v);
+            continue;
+        }
+#endif
+        __m128i v;
+        std::memcpy(&v, from, 16);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), v);
+    }
+#else
+    store(p, a);
+#endif
+}
+
+// Streamed stores come after all that other threads may see.
+inline void finish_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// Into the level-2 cache, for a thread that will soon read there.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// -- bits -----------------------------------------------------------------------------------------------------
+
+// Bit i is set where element i of what is stored as T is greater than 0.
+template <class T, class E>
+inline unsigned positive(Pack<E> a) {
+    auto r = rounded<T>(a);
+    unsigned bits = 0;
+    if constexpr (sizeof(T) == 2) {
+        uint16_t v[lanes];
+        std::memcpy(v, &r, sizeof v);
+        const uint16_t infinity = std::is_same_v<T, float16> ? 0x7c00 : 0x7f80;
+        for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] != 0 && v[i] <= infinity) << i;
+    } else {
+#if defined(__AVX__)
+        for (int i = 0; i < decltype(r)::parts; ++i) {
+            if constexpr (std::is_same_v<T, float>)
+                bits |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(r.part[i], _mm256_setzero_ps(), _CMP_GT_OQ))) << 8 * i;
+            else
+                bits |= unsigned(_mm256_movemask_pd(_mm256_cmp_pd(r.part[i], _mm256_setzero_pd(), _CMP_GT_OQ))) << 4 * i;
+        }
+#else
+        T v[lanes];
+        std::memcpy(v, &r, sizeof v);
+        for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] > 0) << i;
+#endif
+    }
+    return bits;
+}
+
+// Element i of a where bit i is set, else 0.
+template <class E>
+inline Pack<E> where(unsigned bits, Pack<E> a) {
+    using Mask = std::conditional_t<std::is_same_v<E, float>, int32_t, int64_t>;
+    typedef Mask Masks __attribute__((vector_size(register_bytes)));
+    constexpr int width = Pack<E>::width;
+    for (int i = 0; i < Pack<E>::parts; ++i) {
+        Masks place;
+        for (int j = 0; j < width; ++j) place[j] = Mask(1) << (i * width + j);
+        Masks chosen = (place & Mask(bits)) != 0;
+        Masks value;
+        std::memcpy(&value, &a.part[i], sizeof value);
+        value &= chosen;
+        std::memcpy(&a.part[i], &value, sizeof value);
+    }
+    return a;
+}
+
+}  // namespace arraynorm::ARRAYNORM_ISA

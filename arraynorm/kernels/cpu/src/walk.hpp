@@ -1,0 +1,31 @@
+// How the memory of a volume (N, C, S) is walked, chosen by the strides of x; the other arrays follow.
+#pragma once
+
+#include "arrays.hpp"
+
+namespace arraynorm {
+
+enum class Walk {
+    nothing,          // no elements
+    planes,           // runs of S
+    one_channel,      // C = 1: N * S adjacent elements
+    samples,          // S = 1, runs of N: two-dimensional in Fortran's order
+    rows,             // S = 1, rows of C
+    small_planes,     // rows of C * S, S too small for a run
+    channels_last,    // N * S rows of C
+};
+
+struct Walked {
+    Walk walk;
+    Volume volume;
+
+    // `array` as this walk sees it, or nothing if its strides do not allow that.
+    std::optional<Tensor> tensor(PyArrayObject* array) const;
+
+    // The walk for x; nothing if its strides allow none. With a mask the order of walking must be that of (N, C, S).
+    static std::optional<Walked> of(PyArrayObject* x, bool with_mask);
+
+    int64_t n, c, s;  // as the caller sees them
+};
+
+}  // namespace arraynorm
