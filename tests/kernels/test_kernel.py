@@ -237,8 +237,9 @@ def test_every_kernel_is_documented_and_has_positional_parameters_without_defaul
 def test_every_op_runs_on_kernels_and_on_nothing_else(monkeypatch, example: Example):
     """Specialisations that only count, and then call the reference, change no bit and see every call."""
     given, dy = draw(example), draw_dy(example)
-    y, cache = forward(example, given)
-    wanted = [y, *backward(example, dy, cache)]
+    with only("reference"):
+        y, cache = forward(example, given)
+        wanted = [y, *backward(example, dy, cache)]
     called = []
     for name, kernel in kernels().items():
 
