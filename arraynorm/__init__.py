@@ -6,9 +6,20 @@ also here); `arraynorm.distributed` shares batch statistics over ranks; `arrayno
 
 from importlib.metadata import version
 
-from arraynorm import distributed, functional, layers, testing, typing
+from arraynorm import config, distributed, functional, layers, testing, typing
+from arraynorm.config import *  # noqa: F403
 from arraynorm.functional import *  # noqa: F403
 from arraynorm.layers import *  # noqa: F403
 
 __version__ = version("arraynorm")
-__all__ = ["distributed", "functional", "layers", "testing", "typing", *functional.__all__, *layers.__all__]
+__all__ = [
+    "config",
+    "distributed",
+    "functional",
+    "layers",
+    "testing",
+    "typing",
+    *config.__all__,
+    *functional.__all__,
+    *layers.__all__,
+]

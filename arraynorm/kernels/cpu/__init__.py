@@ -13,6 +13,7 @@ import importlib
 import os
 from types import ModuleType
 
+from arraynorm.kernels._kernel import Kernel
 from arraynorm.kernels.cpu._threads import default_threads
 from arraynorm.kernels.reference import (
     batch_norm,
@@ -24,8 +25,9 @@ from arraynorm.kernels.reference import (
     rms_norm,
 )
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-"""What the hot paths take, in any mixture and with any strides; quantized batch norm takes uint8 and int8."""
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+QUANTIZED = ("uint8", "int8")
+LAYOUTS = ("contiguous", "channels last", "padded or sliced", "any other strides, copied")
 
 _MODULES = (
     batch_norm,
@@ -53,12 +55,29 @@ def _prepare(native: ModuleType) -> None:
     if isa := os.environ.get("ARRAYNORM_ISA"):
         native.set_isa(isa)
     native.set_num_threads(default_threads(os.environ))
-    for module in _MODULES:
-        for name, kernel in vars(module).items():
-            # a module also has the kernels that it imports from another
-            if kernel.__class__.__name__ == "Kernel" and kernel.__module__ == module.__name__:
-                if hasattr(native, name):
-                    kernel.register("numpy")(getattr(native, name))
+    for name, kernel in _kernels().items():
+        if hasattr(native, name):
+            kernel.register("numpy")(getattr(native, name))
+
+
+def _kernels() -> dict[str, Kernel[..., object]]:
+    """The reference kernels by name, in the order of their definition."""
+    return {
+        name: kernel
+        for module in _MODULES
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, Kernel) and kernel.__module__ == module.__name__  # and not imported there
+    }
+
+
+def cases() -> dict[str, str]:
+    """Kernel -> what the fast path takes of it, or why the reference runs."""
+    if native is None:
+        return dict.fromkeys(_kernels(), f"reference: {reason}")
+    return {
+        name: f"C++: {', '.join(QUANTIZED if name.startswith('quantized') else FLOATING)}; {', '.join(LAYOUTS)}"
+        for name in _kernels()
+    }
 
 
 native, reason = _load()
