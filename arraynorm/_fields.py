@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 
 Field = str | int | float
 
+_INTEGER, _REAL = struct.Struct("<cq"), struct.Struct("<cd")
+
 
 def pack(fields: Mapping[str, Field]) -> bytes:
     """Name and value of every field, in order. Not hash(), which differs between processes, nor repr()."""
-    return b"".join(_packed(item) for pair in fields.items() for item in pair)
+    return b"".join([_packed_text(name) + _packed(value) for name, value in fields.items()])
 
 
 def unpack(packed: bytes) -> dict[str, Field]:
@@ -36,8 +39,11 @@ def _first(packed: bytes) -> tuple[Field, bytes]:
 
 def _packed(item: Field) -> bytes:
     if isinstance(item, str):
-        text = item.encode()
-        return b"s" + struct.pack("<I", len(text)) + text
-    if isinstance(item, int):
-        return b"i" + struct.pack("<q", item)
-    return b"d" + struct.pack("<d", item)
+        return _packed_text(item)
+    return _INTEGER.pack(b"i", item) if isinstance(item, int) else _REAL.pack(b"d", item)
+
+
+@functools.lru_cache(maxsize=512)  # names, and most texts, are the same in every call
+def _packed_text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"s" + struct.pack("<I", len(encoded)) + encoded

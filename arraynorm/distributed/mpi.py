@@ -109,12 +109,13 @@ class MPICommunicator(HostCommunicator):
         super().__init__(validate=True, max_gathered_ranks=max_gathered_ranks)
         self.timeout = float(timeout)
         self._broken = ""
-        self._call = "creating a communicator"
+        creation = _fields.pack({"operation": "creating a communicator"})
+        self._said = creation
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._comm, request = comm.Idup()
         self._wait(request)
         settings = {"timeout": self.timeout, "validate": int(validate), "max_gathered_ranks": max_gathered_ranks}
-        self._agree_alone(_fields.pack({"operation": "creating a communicator", **settings}))
+        self._agree_alone(creation + _fields.pack(settings))
         self.validate = validate
         comm.Set_attr(_keyval(), self)
 
@@ -170,7 +171,7 @@ class MPICommunicator(HostCommunicator):
         # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
         _abandoned.append((request, buffers, self._comm))
         self._broken = (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call}, and not all ranks came"
+            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call()}, and not all ranks came"
         )
         _abort_at_exit()
         raise SyncTimeoutError(
