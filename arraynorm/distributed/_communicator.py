@@ -119,7 +119,8 @@ class HostCommunicator(abc.ABC):
         flat: Float64Array = np.array(host, dtype=np.float64, order="C").reshape(-1)
         with self._turn, np.errstate(all="ignore"):
             if self.size <= self.max_gathered_ranks:
-                total = np.add.reduce(self._gather(flat), axis=0)  # row after row, the same table on every rank
+                # row after row (a single column it may pair); on every rank the same
+                total = np.add.reduce(self._gather(flat), axis=0)
             else:
                 total = self._sum(flat)
         return _like(a, total.reshape(host.shape))
