@@ -2,9 +2,9 @@
 
     mpiexec -n P python benchmarks/bench_sync_batch_norm.py [--json benchmarks/results/sync_batch_norm_MPI_P_ranks.json]
 
-All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's, the figure the
-median over the turns, a ratio the median of the turns' ratios. Absolute times of a shared machine mean little: read
-the ratios. Where there are more ranks than cores, a message costs a turn of the scheduler.
+All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's. The figure is the
+tenth percentile over many short turns, for other processes of the machine only ever add to a time, and for a training
+step the median of the turns' ratios. Where there are more ranks than cores, a message costs a turn of the scheduler.
 fit_cost_model.py fits the constants of docs/cost_model.md to the results.
 """
 
@@ -53,14 +53,8 @@ def interleaved(world: Any, calls: Mapping[str, Call], turns: int, repeats: int)
     return times
 
 
-def ratio(times: Times, over: str, *names: str) -> float:
-    """How many times as long as `over` the calls `names` take together."""
-    turns = zip(times[over], *(times[name] for name in names), strict=True)
-    return statistics.median(sum(seconds) / base for base, *seconds in turns)
-
-
 def microseconds(times: Times) -> dict[str, float]:
-    return {name: round(1e6 * statistics.median(seconds), 2) for name, seconds in times.items()}
+    return {name: round(1e6 * float(np.quantile(seconds, 0.1)), 2) for name, seconds in times.items()}
 
 
 # -- the collective part ---------------------------------------------------------------------------------------
@@ -71,19 +65,11 @@ def collectives(world: Any, turns: int, repeats: int) -> list[dict[str, Any]]:
     gathering, summing = (MPICommunicator(world.Dup(), max_gathered_ranks=ranks) for ranks in (2**20, 1))
     rows = []
     for channels in CHANNELS:
-        times = interleaved(world, _collectives(world, gathering, summing, channels), turns, repeats)
-        rows.append(
-            {
-                "channels": channels,
-                "us": microseconds(times),
-                "times bare": {
-                    "forward": round(ratio(times, "bare Allreduce", "agreement", "gather"), 2),
-                    "forward by sums": round(ratio(times, "bare Allreduce", "agreement", "two sums"), 2),
-                    "backward": round(ratio(times, "bare Allreduce", "agreement", "sum of gathered"), 2),
-                },
-                "gather / two sums": round(ratio(times, "two sums", "gather"), 2),
-            }
-        )
+        calls = _collectives(world, gathering, summing, channels)
+        us = microseconds(interleaved(world, calls, turns, repeats))
+        parts = {"forward": "gather", "backward": "sum of gathered", "forward by sums": "two sums"}
+        over = {name: round((us["agreement"] + us[part]) / us["bare Allreduce"], 2) for name, part in parts.items()}
+        rows.append({"channels": channels, "us": us, "times bare": over})
     return rows
 
 
@@ -141,23 +127,26 @@ def training(world: Any, turns: int) -> dict[str, Any]:
         return lambda: (layer(x), layer.backward(dy))
 
     times = interleaved(world, {name: step(layer) for name, layer in layers.items()}, turns, repeats=1)
-    over = {name: round(100 * (ratio(times, "plain", name) - 1), 1) for name in list(layers)[1:]}
-    return {"shape": SHAPE, "us": microseconds(times), "per cent over plain": over}
+    over = {name: statistics.median(np.divide(times[name], times["plain"])) for name in list(layers)[1:]}
+    per_cent = {name: round(100 * (value - 1), 1) for name, value in over.items()}
+    return {"shape": SHAPE, "us": microseconds(times), "per cent over plain": per_cent}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--turns", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=20, help="calls in a turn")
+    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=10, help="calls in a turn")
+    parser.add_argument("--steps", type=int, default=25, help="turns of the training step, 0 for none")
     options = parser.parse_args()
     world = MPI.COMM_WORLD
     results = {
         **_circumstances(world),
         "collectives": collectives(world, options.turns, options.repeats),
         "alone": alone(options.turns, options.repeats),
-        "training": training(world, options.turns),
     }
+    if options.steps:
+        results["training"] = training(world, options.steps)
     if world.rank == 0:
         _show(results)
         if options.json:
@@ -178,6 +167,7 @@ def _circumstances(world: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "ranks": world.size,
         "oversubscribed": ranks_here > (os.cpu_count() or 1),
+        "load before": round(os.getloadavg()[0], 1),
         "commit": commit.stdout.strip() or "unknown",
     }
 
@@ -189,6 +179,8 @@ def _show(results: Mapping[str, Any]) -> None:
         us = "; ".join(f"{name} {value:.0f}" for name, value in row["us"].items())
         times = "; ".join(f"{name} {value:.1f} x" for name, value in row["times bare"].items())
         print(f"C = {row['channels']:4d}: {us}\n    with agreement: {times}")
+    if "training" not in results:
+        return
     step, slowest = results["training"], results["collectives"][0]["us"]
     for name, per_cent in step["per cent over plain"].items():
         print(f"step of {SHAPE}, {name}: {per_cent:+.1f} % over plain batch norm")
