@@ -74,7 +74,8 @@ def test_constant_channels_are_exact(raw, threshold, dtype):
     if raw is None:
         return
     counts = hard_counts(raw.size)
-    constants = np.array([0.1, 1e4 + 0.3, 1e10, -3e38, 1 / 3], dtype)
+    several = np.array([0.1, 1e4 + 0.3, 1e10, -3e38, 1 / 3])
+    constants = np.outer(several, np.linspace(0.5, 1.0, 40)).ravel().astype(dtype)
     x = np.broadcast_to(constants, (counts[raw.rank], len(constants)))
     bias = np.linspace(-1, 1, len(constants), dtype=dtype)
     comm = MPICommunicator(raw, max_gathered_ranks=threshold)
