@@ -8,6 +8,7 @@ With L = ceil(log2 P) message rounds, a payload of C channels costs in microseco
     gather           g0 + g1 C     + alpha L   + beta 8 (2 C + 1) (P - 1)   + (P - 1) (m0 + m1 C)
     sum of gathered  b0 + b1 C     + alpha L   + beta 16 C (P - 1)
     two sums         s0 + s1 C     + 4 alpha L + 2 beta 8 (3 C + 1) L
+    sum of sums      t0 + t1 C     + 2 alpha L + 2 beta 16 C L
 
 The first columns are what the calls cost a rank alone, without a peer, and (m0, m1) what merging one more rank does:
 measured on one rank, and fitted by lines. alpha (a round) and beta (a byte) are fitted to the calls over P ranks, to
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CALLS = ("agreement", "gather", "sum of gathered", "two sums")
+CALLS = ("agreement", "gather", "sum of gathered", "two sums", "sum of sums")
 
 # Assumed, not measured: a message of an InfiniBand or Slingshot network takes some 2 us from process to process, and
 # 100 Gbit/s are 12.5 bytes in a nanosecond.
@@ -54,6 +55,7 @@ def rounds_and_bytes(call: str, ranks: int, channels: int) -> tuple[float, float
         "gather": (rounds, 8 * (2 * channels + 1) * (ranks - 1)),
         "sum of gathered": (rounds, 16 * channels * (ranks - 1)),
         "two sums": (4 * rounds, 16 * (3 * channels + 1) * rounds),
+        "sum of sums": (2 * rounds, 32 * channels * rounds),
     }[call]
 
 
@@ -116,11 +118,10 @@ def predicted(constants: dict[str, Any], network: dict[str, float], call: str, r
 
 
 def crossing(constants: dict[str, Any], network: dict[str, float], channels: int) -> int:
-    """The number of ranks, a power of two, from which two sums are faster than gathering."""
-    sizes = (2**i for i in range(1, 20))
+    """The number of ranks from which two sums are faster than gathering."""
     return next(
         ranks
-        for ranks in sizes
+        for ranks in range(2, 4096)
         if predicted(constants, network, "two sums", ranks, channels)
         < predicted(constants, network, "gather", ranks, channels)
     )
@@ -144,7 +145,9 @@ def main() -> None:
         for channels in (64, 1024, 4096):
             us = {call: round(predicted(model, NETWORK, call, ranks, channels)) for call in CALLS}
             print(f"P = {ranks:4d}, C = {channels:4d}: {us}")
-    print("two sums are faster from P =", {c: crossing(model, NETWORK, c) for c in (64, 256, 1024, 4096)})
+    for alpha in (NETWORK["alpha us"], 5.0, 20.0):
+        crossings = {c: crossing(model, NETWORK | {"alpha us": alpha}, c) for c in (64, 256, 1024, 4096)}
+        print(f"two sums are faster than gathering, C: from P, with alpha = {alpha:g} us: {crossings}")
     if options.json:
         options.json.write_text(json.dumps({"fits": fits, "assumed network": NETWORK}, indent=1) + "\n")
 
