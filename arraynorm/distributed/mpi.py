@@ -18,8 +18,9 @@ from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunic
 from arraynorm.distributed._errors import SyncTimeoutError
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
-# machine takes some 10 us, a poll 0.3 us.
-_SPINS, _YIELDS, _NAP = 50, 2000, 1e-4
+# machine takes some 10 us, a poll 0.2 us. Who yields sooner, between two messages of one call, gives the core to any
+# other process for a slice of some ms.
+_SPINS, _YIELDS, _NAP = 500, 2500, 1e-4
 
 # Seconds before the job is aborted: the deadlines of the other ranks pass at about the same time, and they should
 # come to say so.
