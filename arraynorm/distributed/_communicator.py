@@ -17,7 +17,10 @@ from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, p
 from arraynorm.typing import Array
 
 MAX_GATHERED_RANKS = 16
-"""Up to so many ranks a payload is gathered and worked on in rank order: one message. Beyond, it is summed."""
+"""Up to so many ranks a payload is gathered and worked on in rank order: one message. Beyond, it is summed.
+
+Measured with 2 to 16 ranks and 64 to 4096 channels, and by the cost model for a network of 5 us: docs/cost_model.md.
+"""
 
 
 class LayerNumbers:
