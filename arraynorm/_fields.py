@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
 from collections.abc import Mapping
 
@@ -10,7 +12,7 @@ Field = str | int | float
 
 def pack(fields: Mapping[str, Field]) -> bytes:
     """Name and value of every field, in order. Not hash(), which differs between processes, nor repr()."""
-    return b"".join(_packed(item) for pair in fields.items() for item in pair)
+    return _packed_all(*itertools.chain.from_iterable(fields.items()))
 
 
 def unpack(packed: bytes) -> dict[str, Field]:
@@ -34,10 +36,15 @@ def _first(packed: bytes) -> tuple[Field, bytes]:
     return number, packed[8:]
 
 
+@functools.lru_cache(maxsize=1024, typed=True)  # a layer says the same in every step; 1 is not 1.0
+def _packed_all(*items: Field) -> bytes:
+    return b"".join(map(_packed, items))
+
+
 def _packed(item: Field) -> bytes:
     if isinstance(item, str):
         text = item.encode()
         return b"s" + struct.pack("<I", len(text)) + text
     if isinstance(item, int):
         return b"i" + struct.pack("<q", item)
-    return b"d" + struct.pack("<d", item)
+    return b"d" + struct.pack("<d", item + 0.0)  # -0.0, which is equal to 0.0, is packed as that

@@ -1,109 +1,189 @@
 """What synchronizing batch norm costs, against plain batch norm and against a bare mpi4py Allreduce.
 
-    mpiexec -n P python benchmarks/bench_sync_batch_norm.py [--json FILE]
+    mpiexec -n P python benchmarks/bench_sync_batch_norm.py [--json benchmarks/results/sync_batch_norm_MPI_P_ranks.json]
 
-All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's, the figure the
-median over the turns. Absolute times of a shared machine mean little: read the ratios.
+All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's. The figure is the
+tenth percentile over many short turns, for other processes of the machine only ever add to a time, and for a training
+step the median of the turns' ratios. Where there are more ranks than cores, a message costs a turn of the scheduler.
+fit_cost_model.py fits the constants of docs/cost_model.md to the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import mpi4py
 import numpy as np
 from mpi4py import MPI
 
 import arraynorm as an
+from arraynorm import _fields
 from arraynorm.distributed import MPICommunicator
+from arraynorm.distributed._moments import merge, packed, unpacked
 
 CHANNELS = (64, 256, 1024, 4096)
+MERGED_RANKS = (2, 4, 8, 16)
+SHAPE = (32, 64, 56, 56)
+
+Call = Callable[[], object]
+Times = Mapping[str, list[float]]  # seconds of every turn
 
 
-def interleaved(world: Any, calls: Mapping[str, Callable[[], object]], turns: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each call over `turns` turns of `repeats` calls, the slowest rank's."""
+def interleaved(world: Any, calls: Mapping[str, Call], turns: int, repeats: int) -> Times:
+    """Seconds of each call in each turn of `repeats` calls, the slowest rank's. The first turn only warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
+    for turn in range(turns + 1):
         for name, call in calls.items():
             world.Barrier()
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
-            times[name].append(world.allreduce((time.perf_counter() - start) / repeats, MPI.MAX))
-    return {name: statistics.median(values) for name, values in times.items()}
+            seconds = world.allreduce((time.perf_counter() - start) / repeats, MPI.MAX)
+            if turn:
+                times[name].append(seconds)
+    return times
 
 
-def collectives(world: Any, turns: int) -> list[dict[str, Any]]:
-    """One forward's collective part for several C: agreement and payload, over the bare sum of as many bytes."""
-    gathered, summed = (MPICommunicator(world.Dup(), max_gathered_ranks=ranks) for ranks in (1024, 1))
+def microseconds(times: Times) -> dict[str, float]:
+    return {name: round(1e6 * float(np.quantile(seconds, 0.1)), 2) for name, seconds in times.items()}
+
+
+# -- the collective part ---------------------------------------------------------------------------------------
+
+
+def collectives(world: Any, turns: int, repeats: int) -> list[dict[str, Any]]:
+    """For several C: a forward's and a backward's agreement and payload, and the bare sum of as many bytes."""
+    gathering, summing = (MPICommunicator(world.Dup(), max_gathered_ranks=ranks) for ranks in (2**20, 1))
     rows = []
     for channels in CHANNELS:
-        seconds = interleaved(world, _calls(world, gathered, summed, channels), turns, repeats=50)
-        rows.append({"channels": channels} | {f"{name} us": 1e6 * value for name, value in seconds.items()})
+        calls = _collectives(world, gathering, summing, channels)
+        us = microseconds(interleaved(world, calls, turns, repeats))
+        parts = {"forward": "gather", "backward": "sum of gathered", "forward by sums": "two sums"}
+        over = {name: round((us["agreement"] + us[part]) / us["bare Allreduce"], 2) for name, part in parts.items()}
+        rows.append({"channels": channels, "us": us, "times bare": over})
     return rows
 
 
-def _calls(
-    world: Any, gathered: MPICommunicator, summed: MPICommunicator, channels: int
-) -> dict[str, Callable[[], object]]:
-    mean, m2 = np.ones(channels), np.ones(channels)
+def _collectives(world: Any, gathering: MPICommunicator, summing: MPICommunicator, channels: int) -> dict[str, Call]:
+    mean, m2, sums = np.ones(channels), np.ones(channels), np.ones((2, channels))
     payload, total = np.ones(2 * channels + 1), np.empty(2 * channels + 1)
     return {
         "bare Allreduce": lambda: world.Allreduce(payload, total),
-        "agreement": lambda: gathered.agree(b""),
-        "gather": lambda: gathered.merge_moments(8, mean, m2),
-        "two sums": lambda: summed.merge_moments(8, mean, m2),
-        "backward": lambda: gathered.allreduce_sum(payload),
+        "agreement": lambda: _agree(gathering, channels),
+        "gather": lambda: gathering.merge_moments(8, mean, m2),
+        "sum of gathered": lambda: gathering.allreduce_sum(sums),
+        "two sums": lambda: summing.merge_moments(8, mean, m2),
+        "sum of sums": lambda: summing.allreduce_sum(sums),
     }
 
 
-def training(world: Any, turns: int) -> dict[str, float]:
-    """Forward and backward of (32, 64, 56, 56) float32 per rank."""
+def _agree(comm: MPICommunicator, channels: int) -> None:
+    """What a layer says of its forward, packed and compared."""
+    layer = _fields.pack({"layer": "SyncBatchNorm", "name": "", "index": 3, "momentum": 0.1})
+    call = {"operation": "batch_norm", "channels": channels, "axis": 1, "dtype": "float32", "ndim": 4, "eps": 1e-5}
+    comm.agree(layer + _fields.pack({**call, "weight": True, "bias": True, "cache": True}))
+
+
+def alone(turns: int, repeats: int) -> list[dict[str, Any]]:
+    """The same calls in a world of one rank, which waits for nobody; and the merge of P ranks' messages."""
+    gathering, summing = (MPICommunicator(MPI.COMM_SELF.Dup(), max_gathered_ranks=ranks) for ranks in (1, 0))
+    rows = []
+    for channels in CHANNELS:
+        calls = _collectives(MPI.COMM_SELF, gathering, summing, channels)
+        calls |= {f"merge {ranks}": _merge(channels, ranks) for ranks in MERGED_RANKS}
+        rows.append({"channels": channels, "us": microseconds(interleaved(MPI.COMM_SELF, calls, turns, repeats))})
+    return rows
+
+
+def _merge(channels: int, ranks: int) -> Call:
+    table = np.stack([packed((8, np.full(channels, float(rank)), np.ones(channels))) for rank in range(ranks)])
+    return lambda: merge(map(unpacked, table))
+
+
+# -- a training step -------------------------------------------------------------------------------------------
+
+
+def training(world: Any, turns: int) -> dict[str, Any]:
+    """Forward and backward of SHAPE float32 per rank."""
     rng = np.random.default_rng(world.rank)
-    x, dy = (rng.standard_normal((32, 64, 56, 56), dtype=np.float32) for _ in range(2))
+    x, dy = (rng.standard_normal(SHAPE, dtype=np.float32) for _ in range(2))
     layers = {
         "plain": an.BatchNorm(64),
         "synchronized": an.SyncBatchNorm(64, comm=MPICommunicator(world.Dup())),
         "without agreement": an.SyncBatchNorm(64, comm=MPICommunicator(world.Dup(), validate=False)),
     }
 
-    def step(layer: an.BatchNorm) -> Callable[[], object]:
+    def step(layer: an.BatchNorm) -> Call:
         return lambda: (layer(x), layer.backward(dy))
 
-    return interleaved(world, {name: step(layer) for name, layer in layers.items()}, turns, repeats=1)
+    times = interleaved(world, {name: step(layer) for name, layer in layers.items()}, turns, repeats=1)
+    over = {name: statistics.median(np.divide(times[name], times["plain"])) for name in list(layers)[1:]}
+    per_cent = {name: round(100 * (value - 1), 1) for name, value in over.items()}
+    return {"shape": SHAPE, "us": microseconds(times), "per cent over plain": per_cent}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the results there")
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=10, help="calls in a turn")
+    parser.add_argument("--steps", type=int, default=25, help="turns of the training step, 0 for none")
     options = parser.parse_args()
     world = MPI.COMM_WORLD
-    rows, steps = collectives(world, options.turns), training(world, options.turns)
-    if world.rank:
+    results = _circumstances(world)
+    results["collectives"] = collectives(world, options.turns, options.repeats)
+    if not results["oversubscribed"]:
+        results["alone"] = alone(options.turns, options.repeats)
+    if options.steps:
+        results["training"] = training(world, options.steps)
+    if world.rank == 0:
+        _show(results)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _circumstances(world: Any) -> dict[str, Any]:
+    ranks_here = world.Split_type(MPI.COMM_TYPE_SHARED).size
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "mpi": " ".join([MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))]),
+        "mpi4py": mpi4py.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "ranks": world.size,
+        "oversubscribed": ranks_here > (os.cpu_count() or 1),
+        "load before": round(os.getloadavg()[0], 1),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def _show(results: Mapping[str, Any]) -> None:
+    more = "more ranks than cores" if results["oversubscribed"] else "a core for each"
+    print(f"{results['ranks']} ranks, {more}, {results['mpi']}; us, and times the bare Allreduce of as many bytes")
+    for row in results["collectives"]:
+        us = "; ".join(f"{name} {value:.0f}" for name, value in row["us"].items())
+        times = "; ".join(f"{name} {value:.1f} x" for name, value in row["times bare"].items())
+        print(f"C = {row['channels']:4d}: {us}\n    with agreement: {times}")
+    if "training" not in results:
         return
-    print(f"{world.size} ranks, {MPI.get_vendor()[0]}; us, and (times the bare Allreduce)")
-    for row in rows:
-        bare = row["bare Allreduce us"]
-        cells = (f"{name} {row[name + ' us']:.0f} ({row[name + ' us'] / bare:.1f})" for name in _names(row))
-        print(f"C = {row['channels']:4d}: bare {bare:.0f}; " + "; ".join(cells))
-    for name in ("synchronized", "without agreement"):
-        print(
-            f"step of (32, 64, 56, 56), {name}: {100 * (steps[name] / steps['plain'] - 1):+.1f} % over plain batch norm"
-        )
-    if options.json:
-        results = {"ranks": world.size, "mpi": MPI.get_vendor()[0], "machine": platform.machine()}
-        with open(options.json, "w") as file:
-            json.dump(results | {"collectives": rows, "training seconds": steps}, file, indent=1)
-
-
-def _names(row: Mapping[str, Any]) -> list[str]:
-    return [key.removesuffix(" us") for key in row if key.endswith(" us") and not key.startswith("bare")]
+    step, slowest = results["training"], results["collectives"][0]["us"]
+    for name, per_cent in step["per cent over plain"].items():
+        print(f"step of {SHAPE}, {name}: {per_cent:+.1f} % over plain batch norm")
+    collective = 2 * slowest["agreement"] + slowest["gather"] + slowest["sum of gathered"]
+    print(f"its collective part: {100 * collective / step['us']['plain']:.2f} % of the plain step")
 
 
 if __name__ == "__main__":

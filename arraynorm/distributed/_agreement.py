@@ -7,7 +7,8 @@ greatest hash is also the least. Only if not does a second message carry what th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,33 +28,42 @@ _IDENTITY = ("operation", "layer", "name", "index")
 
 def agree(
     fields: bytes,
+    numbers: Mapping[str, int],
     error: BaseException | None,
     *,
     maximum: Callable[[Int64Array], Int64Array],
     gather: Callable[[ByteArray], ByteArray],
 ) -> None:
-    """Compare `fields` over all ranks; raise SyncMismatchError on every rank if they differ or one has an `error`.
+    """Compare `fields` and `numbers` over all ranks; raise SyncMismatchError on every one if they differ.
+
+    Likewise if a rank has an `error`.
 
     Parameters
     ----------
     fields : bytes
         As `_fields.pack` makes them.
+    numbers : mapping
+        More fields, which change with every call.
     error : exception or None
         Why this rank can't make its call.
     maximum, gather : callable
         The collectives: elementwise maximum of a vector over all ranks; all ranks' vectors (K,) -> (ranks, K).
     """
-    said = _CALL + fields if error is None else _ERROR + f"{type(error).__name__}: {error}".encode()
-    h = _hash(said)
-    greatest, least, failed = maximum(np.array([h, -h, error is not None], dtype=np.int64))
+    h = _hash(fields, numbers)
+    greatest, least, failed = maximum(np.array([h, -h, error is not None], dtype=np.int64)).tolist()
     if greatest == -least and not failed:
         return
+    if error is None:
+        said = _CALL + _fields.pack(numbers) + fields
+    else:
+        said = _ERROR + f"{type(error).__name__}: {error}".encode()
     everything = gather(_padded(said))
     raise SyncMismatchError(_explanation([row.tobytes().rstrip(b"\0") for row in everything])) from error
 
 
-def _hash(said: bytes) -> int:
+def _hash(fields: bytes, numbers: Mapping[str, int]) -> int:
     """63 bits: two different calls meet with a chance of 1e-19."""
+    said = struct.pack(f"<{len(numbers)}q", *numbers.values()) + fields
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little") >> 1
 
 

@@ -21,14 +21,21 @@ def merge(parts: Iterable[Moments]) -> Moments:
     n, mean, m2 = 0, np.zeros(()), np.zeros(())
     with np.errstate(all="ignore"):  # a rank may bring NaN or infinity: a value, not an event
         for n_part, mean_part, m2_part in parts:
-            if n_part == 0:  # an empty rank has no mean
-                mean, m2 = mean + np.zeros_like(mean_part), m2 + np.zeros_like(m2_part)
-                continue
-            total = n + n_part
-            delta = mean_part - mean if n else np.zeros_like(mean_part)
-            mean = mean + delta * (n_part / total) if n else mean_part
-            m2 = m2 + m2_part + delta * delta * (n * n_part / total)
-            n = total
+            if n == 0:
+                if n_part == 0:  # an empty rank has no mean
+                    mean, m2 = np.zeros_like(mean_part), np.zeros_like(m2_part)
+                else:
+                    n, mean, m2 = n_part, mean_part.copy(), m2_part.copy()
+            elif n_part > 0:
+                # In place: with many channels half of the time is new memory.
+                total = n + n_part
+                delta = mean_part - mean
+                mean += delta * (n_part / total)
+                delta *= delta
+                delta *= n * n_part / total
+                m2 += m2_part
+                m2 += delta
+                n = total
     return n, mean, m2
 
 
@@ -41,10 +48,11 @@ def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Arra
     """
     n, mean, m2 = part
     with np.errstate(all="ignore"):
-        count, total = _split(allreduce(np.concatenate(([float(n)], n * mean))))
+        total = allreduce(np.concatenate(([float(n)], n * mean)))
+        count = float(total[0])
         if count == 0:
             return 0, np.zeros_like(mean), np.zeros_like(m2)
-        g = total / count
+        g = total[1:] / count
         delta = mean - g if n else np.zeros_like(mean)
         sums = allreduce(np.concatenate((n * delta, m2 + n * delta * delta)))
         channels = mean.shape[0]
@@ -59,10 +67,5 @@ def packed(part: Moments) -> Float64Array:
 
 
 def unpacked(message: Float64Array) -> Moments:
-    n, moments = _split(message)
-    channels = moments.shape[0] // 2
-    return int(n), moments[:channels], moments[channels:]
-
-
-def _split(message: Float64Array) -> tuple[float, Float64Array]:
-    return float(message[0]), message[1:]
+    channels = len(message) // 2
+    return int(message[0]), message[1 : 1 + channels], message[1 + channels :]

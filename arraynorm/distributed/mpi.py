@@ -18,8 +18,9 @@ from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunic
 from arraynorm.distributed._errors import SyncTimeoutError
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
-# machine takes some 10 us, a poll 0.3 us.
-_SPINS, _YIELDS, _NAP = 50, 2000, 1e-4
+# machine takes some 10 us, a poll 0.2 us. Who yields sooner, between two messages of one call, gives the core to any
+# other process for a slice of some ms.
+_SPINS, _YIELDS, _NAP = 500, 2500, 1e-4
 
 # Seconds before the job is aborted: the deadlines of the other ranks pass at about the same time, and they should
 # come to say so.
@@ -109,12 +110,13 @@ class MPICommunicator(HostCommunicator):
         super().__init__(validate=True, max_gathered_ranks=max_gathered_ranks)
         self.timeout = float(timeout)
         self._broken = ""
-        self._call = "creating a communicator"
+        creation = _fields.pack({"operation": "creating a communicator"})
+        self._said = creation
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._comm, request = comm.Idup()
         self._wait(request)
         settings = {"timeout": self.timeout, "validate": int(validate), "max_gathered_ranks": max_gathered_ranks}
-        self._agree_alone(_fields.pack({"operation": "creating a communicator", **settings}))
+        self._agree_alone(creation + _fields.pack(settings))
         self.validate = validate
         comm.Set_attr(_keyval(), self)
 
@@ -170,7 +172,7 @@ class MPICommunicator(HostCommunicator):
         # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
         _abandoned.append((request, buffers, self._comm))
         self._broken = (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call}, and not all ranks came"
+            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call()}, and not all ranks came"
         )
         _abort_at_exit()
         raise SyncTimeoutError(

@@ -23,7 +23,12 @@ def shard(x, counts, rank):
 
 def held_alike(comm, *arrays):
     """Whether the arrays have the same bits on all ranks."""
-    return len(set(comm.allgather(tuple(array.tobytes() for array in arrays)))) == 1
+    return held_alike_bits(comm.allgather(arrays))
+
+
+def held_alike_bits(ranks):
+    """Whether the arrays of every rank have the same bits."""
+    return len({tuple(array.tobytes() for array in arrays) for arrays in ranks}) == 1
 
 
 def assert_close(value, reference, bound):

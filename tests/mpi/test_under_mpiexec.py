@@ -20,9 +20,10 @@ def without_passed(log):
     return "".join(line for line in log.splitlines(keepends=True) if " PASSED" not in line)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_all_tests_of_this_folder_pass_on_every_rank(ranks, tmp_path):
-    status = launch(ranks, tmp_path, "sh", "-c", RANK, sys.executable, str(HERE), str(tmp_path))
+@pytest.mark.parametrize(("ranks", "tests"), [(2, "."), (3, "."), (8, "test_sweep.py")])
+def test_all_tests_of_this_folder_pass_on_every_rank(ranks, tests, tmp_path):
+    """On 8 ranks those alone that look at every number of ranks, in groups of 2 to 8."""
+    status = launch(ranks, tmp_path, "sh", "-c", RANK, sys.executable, str(HERE / tests), str(tmp_path))
     logs = {name: tmp_path / name for name in ("mpiexec", *(f"rank-{rank}" for rank in range(ranks)))}
     texts = {name: log.read_text() if log.exists() else "" for name, log in logs.items()}
     # Passed and nothing else: a test that one rank skips has not been run with all ranks.
