@@ -13,7 +13,7 @@ import numpy as np
 
 from arraynorm import _array, _fields
 from arraynorm.distributed import _agreement
-from arraynorm.distributed._errors import SyncError
+from arraynorm.distributed._errors import SyncError, SyncMismatchError
 from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, packed, unpacked
 from arraynorm.typing import Array
 
@@ -58,6 +58,7 @@ class HostCommunicator(abc.ABC):
         self._steps = 0
         self.layer_numbers = LayerNumbers()
         self._call = ""
+        self._broken = ""
         self._turn = threading.RLock()
         self._payload_is_due = False
 
@@ -93,17 +94,20 @@ class HostCommunicator(abc.ABC):
         """See `arraynorm.typing.Communicator.agree`."""
         self._take_turn()
         try:
+            if self._payload_is_due:  # an exception kept this rank from it, and the peers wait there, not in a round
+                self._payload_is_due = False
+                self._turn.release()
+                self._broken = self._broken or f"{self} did not come to the payload of {self._call}"
             self._rounds += 1
             self._call = _described(fields, self._steps) if error is None else "reporting an error"
             if self.validate:
                 # The number of the round finds a skipped or an extra call even where the calls look alike.
                 numbered = _fields.pack({"round": self._rounds, "step": self._steps}) + fields
                 _agreement.agree(numbered, error, maximum=self._maximum, gather=self._gather)
-        except BaseException:
+        except BaseException as reason:
+            self._break(reason)
             self._turn.release()
             raise
-        if self._payload_is_due:  # of an earlier round, which an exception on this rank kept from coming
-            self._turn.release()
         self._payload_is_due = True
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
@@ -156,11 +160,19 @@ class HostCommunicator(abc.ABC):
         self._take_turn()
         try:
             yield
+        except BaseException as reason:
+            self._break(reason)
+            raise
         finally:
             self._turn.release()
             if self._payload_is_due:
                 self._payload_is_due = False
                 self._turn.release()
+
+    def _break(self, reason: BaseException) -> None:
+        """After an exception within a collective later ones would meet other collectives of the peers."""
+        if not isinstance(reason, SyncMismatchError) and not self._broken:
+            self._broken = f"{self} left {self._call} by {type(reason).__name__}: {reason}"
 
     def _agree_alone(self, fields: bytes, error: BaseException | None = None) -> None:
         """A round that no payload follows."""
@@ -184,6 +196,8 @@ class HostCommunicator(abc.ABC):
         except SyncError:  # every rank has it already, or can't be reached
             raise
         except BaseException as error:
+            if self._broken or self._payload_is_due:  # the peers wait in another collective than a round
+                raise
             self._agree_alone(b"", error)
             raise
         self._agree_alone(_fields.pack({"operation": "the end of the step", "calls": self._rounds - before}))
