@@ -1,15 +1,11 @@
 """The fault table: what goes wrong on one rank of a job, how the program ends, and what is expected of the others.
 
-test_faulty_jobs.py runs it. `python -m mpi.fault_table FOLDER` collects what the jobs have left in FOLDER into
-benchmarks/results/fault_table.json, and puts the table of docs/faults.md in order.
+test_faulty_jobs.py runs it, fault_report.py makes a table of it for the docs.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 RANKS = 3
 # How the program ends, and the rank at fault, which is another one each time.
@@ -24,8 +20,9 @@ ABORT = "the rank at fault aborts the job"
 KILLED = "the launcher ends the job"
 FINE = "all go on alike"
 
-# Seconds. Where no rank is to wait for the deadline it is long, so that no busy machine is taken for a fault.
-TIMEOUTS = {DEADLINE: 3.0, LONE: 3.0, AGREED: 60.0, ABORT: 60.0, KILLED: 60.0, FINE: 60.0}
+# Seconds that a rank waits for its peers. Where none is to come to the deadline it is long, so that a busy machine is
+# not taken for a fault.
+TIMEOUTS = {DEADLINE: 2.0, LONE: 2.0, AGREED: 60.0, ABORT: 60.0, KILLED: 60.0, FINE: 60.0}
 
 
 class Outcome(NamedTuple):

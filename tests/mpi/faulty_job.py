@@ -1,8 +1,9 @@
 """One rank of a job in which something goes wrong: faulty_job.py FAULT ENDING STEP ODD TIMEOUT FOLDER, under mpiexec.
 
-FAULT is a function of this file. ENDING says what the program does with the error: nothing ("uncaught"), go on to its
-normal end ("caught") or "exit". STEP is "step" where the fault happens within `comm.step()`, else "alone". ODD is the
-rank at fault, TIMEOUT the communicator's. What a rank says goes to FOLDER/rank-N too, whatever the launcher loses.
+FAULT is a function of this file. ENDING says what the program does with the error: nothing ("uncaught", and "mpi4py"
+where `python -m mpi4py` runs it), go on to its normal end ("caught") or "exit". STEP is "step" where the fault happens
+within `comm.step()`, else "alone". ODD is the rank at fault, TIMEOUT the communicator's. What a rank says goes to
+FOLDER/rank-N too, whatever the launcher loses.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ def main():
             globals()[FAULT](comm)
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
-        if ENDING == "uncaught":
+        if ENDING in ("uncaught", "mpi4py"):
             raise
         if ENDING == "exit":
             sys.exit(3)

@@ -13,16 +13,14 @@ from typing import NamedTuple
 import pytest
 
 from launching import launch, pytestmark  # noqa: F401
-from mpi.fault_table import ABORT, AGREED, DEADLINE, FEW, FINE, JOBS, KILLED, LONE, RANKS
+from mpi.fault_table import AGREED, DEADLINE, FEW, FINE, JOBS, KILLED, LONE, RANKS
 
 PROGRAM = Path(__file__).with_name("faulty_job.py")
 # Seconds to the end of a job past its deadline: 1 for the others to say so too, a few for the launcher, the rest for
 # a machine that is busy.
 SLACK = 40.0
-LAUNCHERS_WORDS = {
-    KILLED: {"MPICH": "EXIT STRING: Killed (signal 9)", "Open MPI": "exited on signal 9 (Killed)"},
-    ABORT: {"MPICH": "application called MPI_Abort", "Open MPI": "MPI_ABORT was invoked"},
-}
+# Of a killed rank. What is printed of an MPI_Abort is lost now and then.
+LAUNCHERS_WORDS = {"MPICH": "EXIT STRING: Killed (signal 9)", "Open MPI": "exited on signal 9 (Killed)"}
 
 
 class Ended(NamedTuple):
@@ -79,11 +77,11 @@ def check(job, ended):
     else:
         assert not any(others.values())
     check_own(job, said[odd])
-    if expected.end in LAUNCHERS_WORDS:
-        (words,) = (words for name, words in LAUNCHERS_WORDS[expected.end].items() if mpi.startswith(name))
+    if expected.end == KILLED:
+        (words,) = (words for name, words in LAUNCHERS_WORDS.items() if mpi.startswith(name))
         assert words in " ".join(ended.log.split())
-    seen = set(re.findall(r"^rank (\d): (?!began)", ended.log, re.MULTILINE))
-    assert seen or expected.end == KILLED, "the launcher has shown nothing"
+    elif job.ending != "mpi4py":  # which aborts at once: the launcher may lose what was said last
+        assert re.search(r"^rank \d: (?!began)", ended.log, re.MULTILINE), "the launcher has shown nothing"
 
 
 def check_timeout(job, lines):
@@ -110,7 +108,7 @@ def check_own(job, lines):
 
 
 def record(job, ended):
-    """For `python -m mpi.fault_table`: what there is to tell of the job."""
+    """For fault_report.py: what there is to tell of the job."""
     folder = os.environ.get("ARRAYNORM_FAULT_RECORDS")
     if folder is not None:
         facts = {"mpi": ended.mpi, **job._asdict(), "rank_at_fault": job.odd, "timeout_s": job.timeout}

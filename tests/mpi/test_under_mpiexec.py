@@ -20,7 +20,7 @@ def without_passed(log):
     return "".join(line for line in log.splitlines(keepends=True) if " PASSED" not in line)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (4, 8))])
 def test_all_tests_of_this_folder_pass_on_every_rank(ranks, tmp_path):
     status = launch(ranks, tmp_path, "sh", "-c", RANK, sys.executable, str(HERE), str(tmp_path))
     logs = {name: tmp_path / name for name in ("mpiexec", *(f"rank-{rank}" for rank in range(ranks)))}
