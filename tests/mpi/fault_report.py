@@ -54,7 +54,9 @@ def same(record: dict[str, Any], mpi: str, job: Job) -> bool:
 
 def rendered(results: dict[str, Any]) -> str:
     """The table in Markdown: a row for each fault."""
-    lines = ["| on one rank of three | without `step()` | within `comm.step()` | |", "|---|---|---|---|"]
+    mpis = " and ".join(sorted({record["mpi"] for record in results["jobs"]}))
+    lines = [f"{len(results['jobs'])} jobs, with {mpis}.", ""]
+    lines += ["| on one rank of three | without `step()` | within `comm.step()` | why |", "|---|---|---|---|"]
     for name, row in FAULTS.items():
         records = [record for record in results["jobs"] if record["fault"] == name and record["ending"] != "mpi4py"]
         cells = [cell([record for record in records if record["step"] == step]) for step in STEPS]
