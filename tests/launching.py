@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MPIEXEC = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
-DEADLINE = 150  # seconds for one launch; it takes about 5
+DEADLINE = 150  # seconds for one launch of two or three ranks; it takes about 5
 
 # Open MPI refuses to run as root, and more ranks than cores, unless told to.
 OPEN_MPI = {
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-def launch(ranks, folder, *program):
+def launch(ranks, folder, *program, deadline=DEADLINE):
     """Run a program under mpiexec, which writes to `folder`; the exit status, or None past the deadline."""
     command = [MPIEXEC, "-n", str(ranks), *program]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)} | OPEN_MPI
@@ -47,7 +47,7 @@ def launch(ranks, folder, *program):
             start_new_session=True,
         )
     try:
-        return process.wait(DEADLINE)
+        return process.wait(deadline)
     except subprocess.TimeoutExpired:
         return None
     finally:

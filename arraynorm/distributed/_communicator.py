@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from arraynorm import _array, _fields
 from arraynorm.distributed import _agreement
-from arraynorm.distributed._errors import SyncError
+from arraynorm.distributed._errors import SyncError, SyncMismatchError
 from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, packed, unpacked
 from arraynorm.typing import Array
 
@@ -60,7 +60,8 @@ class HostCommunicator(abc.ABC):
         self._steps = 0
         self.layer_numbers = LayerNumbers()
         self._said: bytes | None = b""  # None for an error
-        self._turn = _Turn(type(self).__name__)
+        self._broken = ""
+        self._turn = _Turn(type(self).__name__, self._break)
 
     @property
     @abc.abstractmethod
@@ -94,13 +95,16 @@ class HostCommunicator(abc.ABC):
         """See `arraynorm.typing.Communicator.agree`."""
         self._turn.take()
         try:
+            if self._turn.skip_payload():  # an exception kept this rank from it: the peers wait there, not in a round
+                self._broken = self._broken or f"{self} did not come to the payload of {self._call()}"
             self._rounds += 1
             self._said = fields if error is None else None
             if self.validate:
                 # The number of the round finds a skipped or an extra call even where the calls look alike.
                 numbers = {"round": self._rounds, "step": self._steps}
                 _agreement.agree(fields, numbers, error, maximum=self._maximum, gather=self._gather)
-        except BaseException:
+        except BaseException as reason:
+            self._break(reason)
             self._turn.release()
             raise
         self._turn.keep_for_payload()
@@ -140,6 +144,11 @@ class HostCommunicator(abc.ABC):
         with self._turn:
             return [self._broadcast(vector, root) for vector in vectors]
 
+    def _break(self, reason: BaseException) -> None:
+        """After an exception within a collective later ones would meet other collectives of the peers."""
+        if not isinstance(reason, SyncMismatchError) and not self._broken:
+            self._broken = f"{self} left {self._call()} by {type(reason).__name__}: {reason}"
+
     def _agree_alone(self, fields: bytes, error: BaseException | None = None) -> None:
         """A round that no payload follows."""
         self.agree(fields, error)
@@ -171,6 +180,8 @@ class HostCommunicator(abc.ABC):
         except SyncError:  # every rank has it already, or can't be reached
             raise
         except BaseException as error:
+            if self._broken or self._turn.payload_is_due:  # the peers wait in another collective than a round
+                raise
             self._agree_alone(b"", error)
             raise
         self._agree_alone(_fields.pack({"operation": "the end of the step", "calls": self._rounds - before}))
@@ -190,10 +201,11 @@ class HostCommunicator(abc.ABC):
 class _Turn:
     """The one thread that may send: from an agreement round to the end of its payload no other comes between."""
 
-    def __init__(self, whose: str) -> None:
+    def __init__(self, whose: str, on_error: Callable[[BaseException], None]) -> None:
         self._whose = whose
+        self._on_error = on_error
         self._lock = threading.RLock()
-        self._payload_is_due = False
+        self.payload_is_due = False
 
     def take(self) -> None:
         if not self._lock.acquire(blocking=False):
@@ -207,18 +219,23 @@ class _Turn:
 
     def keep_for_payload(self) -> None:
         """The round that the turn was taken for has passed; its payload is to come."""
-        if self._payload_is_due:  # of an earlier round, which an exception on this rank kept from coming
+        self.payload_is_due = True
+
+    def skip_payload(self) -> bool:
+        """Give up the turn that was kept, if one was."""
+        was_due, self.payload_is_due = self.payload_is_due, False
+        if was_due:
             self.release()
-        self._payload_is_due = True
+        return was_due
 
     def __enter__(self) -> None:  # for a payload
         self.take()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._on_error(error)
         self.release()
-        if self._payload_is_due:
-            self._payload_is_due = False
-            self.release()
+        self.skip_payload()
 
 
 class SelfCommunicator(HostCommunicator):

@@ -12,4 +12,4 @@ class SyncMismatchError(SyncError):
 
 
 class SyncTimeoutError(SyncError):
-    """A rank did not come to a collective within the deadline; the communicator can't be used any more."""
+    """A rank did not come to a collective within the deadline, or has left one; the communicator is broken."""

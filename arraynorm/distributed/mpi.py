@@ -68,8 +68,9 @@ class MPICommunicator(HostCommunicator):
 
     Notes
     -----
-    After a SyncTimeoutError the communicator is broken: every later use raises at once. Since MPI_Finalize would wait
-    for the missing rank for ever, the process then ends the whole job, by MPI_Abort, when it exits.
+    After a SyncTimeoutError, or another exception within a call (KeyboardInterrupt, MemoryError), the communicator is
+    broken: every later use raises at once. If a collective was left unfinished, for which MPI_Finalize would wait for
+    ever, the process ends the whole job, by MPI_Abort, when it exits.
     One thread uses a communicator at a time: for more, make one per `comm.Dup()`, in the same order on every rank.
     """
 
@@ -109,7 +110,6 @@ class MPICommunicator(HostCommunicator):
             raise ValueError(f"MPICommunicator: timeout must be a positive number of seconds, got {timeout!r}")
         super().__init__(validate=True, max_gathered_ranks=max_gathered_ranks)
         self.timeout = float(timeout)
-        self._broken = ""
         creation = _fields.pack({"operation": "creating a communicator"})
         self._said = creation
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
@@ -158,23 +158,26 @@ class MPICommunicator(HostCommunicator):
     def _wait(self, request: Any, *buffers: Any) -> None:
         """Until `request` is complete, or the deadline has passed."""
         polls, deadline = 0, time.monotonic() + self.timeout
-        while not request.Test():
-            polls += 1
-            if polls > _SPINS:
-                if polls < _YIELDS:
-                    _yield_core()
-                else:
-                    time.sleep(_NAP)
-                if time.monotonic() > deadline:
-                    self._give_up(request, buffers)
+        try:
+            while not request.Test():
+                polls += 1
+                if polls > _SPINS:
+                    if polls < _YIELDS:
+                        _yield_core()
+                    else:
+                        time.sleep(_NAP)
+                    if time.monotonic() > deadline:
+                        self._give_up()
+        except BaseException:  # the deadline, or what a signal handler raises, as on Ctrl-C
+            # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
+            _abandoned.append((request, buffers, self._comm))
+            _abort_at_exit()
+            raise
 
-    def _give_up(self, request: Any, buffers: tuple[Any, ...]) -> None:
-        # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
-        _abandoned.append((request, buffers, self._comm))
+    def _give_up(self) -> None:
         self._broken = (
             f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call()}, and not all ranks came"
         )
-        _abort_at_exit()
         raise SyncTimeoutError(
             f"{self._broken}; one has failed, hangs or makes other calls. The job will be aborted when this process "
             "exits; run it by `python -m mpi4py` to have it aborted at a rank's first uncaught exception"

@@ -77,14 +77,19 @@ class ThreadCommunicator(HostCommunicator):
         return self._gather(a).max(axis=0)
 
     def _gather(self, a: Any) -> Any:
-        return np.stack(self._group.exchange(self._rank, a))
+        return np.stack(self._exchange(a))
 
     def _sum(self, a: Any) -> Any:
         with np.errstate(all="ignore"):
             return self._gather(a).sum(axis=0)
 
     def _broadcast(self, a: Any, root: int) -> Any:
-        return self._group.exchange(self._rank, a)[root]
+        return self._exchange(a)[root]
+
+    def _exchange(self, a: Any) -> list[Any]:
+        if self._broken:
+            raise PeerLeftError(f"the communicator is broken since an earlier call: {self._broken}")
+        return self._group.exchange(self._rank, a)
 
     def __repr__(self) -> str:
         return f"ThreadCommunicator(rank {self._rank} of {self.size})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -142,3 +143,24 @@ def test_a_second_thread_between_a_round_and_its_payload_is_refused():
         return float(comm.allreduce_sum(np.ones(1))[0])
 
     assert run_ranks(2, call) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_an_exception_between_a_round_and_its_payload_leaves_no_rank_in_another_ranks_payload(in_step):
+    def fail(*moments):
+        raise MemoryError("planted")
+
+    def call(comm):
+        layer = an.SyncBatchNorm(3, comm=comm)
+        if comm.rank == ODD:
+            comm.merge_moments = fail
+        try:
+            with comm.step() if in_step else contextlib.nullcontext():
+                layer(x)
+        except MemoryError:
+            layer(x)  # its round would meet the payload of the others
+
+    errors = run_ranks(RANKS, call, timeout=20, return_exceptions=True)
+    assert {type(error).__name__ for error in errors} == {"PeerLeftError"}
+    assert "broken since an earlier call: ThreadCommunicator(rank 1 of 3) did not come to" in str(errors[ODD])
+    assert all("rank 1 raised" in str(errors[rank]) for rank in (0, 2))
