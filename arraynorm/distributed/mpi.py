@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from arraynorm import _array, _fields
 from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
 from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
+from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
 # machine takes some 10 us, a poll 0.3 us.
@@ -27,7 +29,15 @@ _SPINS, _YIELDS, _NAP = 50, 2000, 1e-4
 # come to say so.
 _GRACE = 1.0
 
-_DEFAULTS: dict[str, Any] = {"timeout": 1800.0, "validate": True, "max_gathered_ranks": MAX_GATHERED_RANKS}
+# Seconds for MPI_Abort to end this process, before the kernel does.
+_LAST_RESORT = 10
+
+_DEFAULTS: dict[str, Any] = {
+    "timeout": 1800.0,
+    "validate": True,
+    "max_gathered_ranks": MAX_GATHERED_RANKS,
+    "cuda_aware": False,
+}
 
 # time.sleep(0) is no replacement where there is this: it sleeps for the timer's slack, some 60 us.
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
@@ -60,6 +70,9 @@ class MPICommunicator(HostCommunicator):
         Whether the ranks' calls are compared before each payload (True); without it a difference is a hang or garbage.
     max_gathered_ranks : int
         Up to so many ranks the statistics are gathered in one message; beyond, they are summed in two.
+    cuda_aware : bool
+        Whether MPI may be given device memory (False): CuPy's statistics are then gathered from there, not from a
+        pinned host copy. **An MPI without CUDA support crashes.** Not run on a GPU yet, either way.
 
     Raises
     ------
@@ -79,6 +92,7 @@ class MPICommunicator(HostCommunicator):
     """
 
     timeout: float
+    cuda_aware: bool
     _comm: Any = None
 
     def __new__(cls, comm: Any, **settings: Any) -> Self:
@@ -97,8 +111,14 @@ class MPICommunicator(HostCommunicator):
         timeout: float | None = None,
         validate: bool | None = None,
         max_gathered_ranks: int | None = None,
+        cuda_aware: bool | None = None,
     ) -> None:
-        settings = {"timeout": timeout, "validate": validate, "max_gathered_ranks": max_gathered_ranks}
+        settings = {
+            "timeout": timeout,
+            "validate": validate,
+            "max_gathered_ranks": max_gathered_ranks,
+            "cuda_aware": cuda_aware,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         if self._comm is None:
             self._create(comm, **(_DEFAULTS | given))
@@ -109,10 +129,10 @@ class MPICommunicator(HostCommunicator):
                     f"{getattr(self, name)}, got {value}"
                 )
 
-    def _create(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int) -> None:
+    def _create(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int, cuda_aware: bool) -> None:
         if not 0 < timeout < math.inf:
             raise ValueError(f"MPICommunicator: timeout must be a positive number of seconds, got {timeout!r}")
-        self._set_up(comm, timeout=float(timeout), validate=True, max_gathered_ranks=max_gathered_ranks)
+        self._set_up(comm, float(timeout), True, max_gathered_ranks, cuda_aware)
         self._call = "creating a communicator"
         try:
             duplicate, request = comm.Idup()
@@ -120,15 +140,16 @@ class MPICommunicator(HostCommunicator):
         except _mpi().Exception as error:
             raise self._failed(error) from error
         self._comm = duplicate
-        settings = {"timeout": self.timeout, "validate": int(validate), "max_gathered_ranks": max_gathered_ranks}
-        self._agree_alone(_fields.pack({"operation": "creating a communicator", **settings}))
+        settings = {"validate": int(validate), "max_gathered_ranks": max_gathered_ranks, "cuda_aware": int(cuda_aware)}
+        self._agree_alone(_fields.pack({"operation": "creating a communicator", "timeout": self.timeout, **settings}))
         self.validate = validate
         comm.Set_attr(_keyval(), self)
 
-    def _set_up(self, comm: Any, *, timeout: float, validate: bool, max_gathered_ranks: int) -> None:
+    def _set_up(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int, cuda_aware: bool) -> None:
         """Everything but `_comm`, which a communicator has once it may be used."""
         super().__init__(validate=validate, max_gathered_ranks=max_gathered_ranks)
-        self.timeout = timeout
+        self.timeout, self.cuda_aware = timeout, cuda_aware
+        self._staging = Staging(cuda_aware)
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._broken = ""
         self._error: type[SyncError] = SyncError
@@ -147,7 +168,7 @@ class MPICommunicator(HostCommunicator):
         return greatest
 
     def _gather(self, a: Any) -> Any:
-        gathered = np.empty((self.size, *a.shape), a.dtype)
+        gathered = empty((self.size, *a.shape), a)
         self._complete(self._usable().Iallgather, a, gathered)
         return gathered
 
@@ -194,8 +215,7 @@ class MPICommunicator(HostCommunicator):
             f"rank {self.rank} of {self.size} waited {self.timeout:g} s in {self._call}, and not all ranks came"
         )
         self._error = SyncTimeoutError
-        _unrecovered.append(self)
-        _abort_at_exit()
+        _abort_at_exit(self)
         raise SyncTimeoutError(
             f"{self._broken}; one has failed, hangs or makes other calls. The job will be aborted when this process "
             "exits; run it by `python -m mpi4py` to have it aborted at a rank's first uncaught exception"
@@ -211,8 +231,7 @@ class MPICommunicator(HostCommunicator):
                 self._comm.Revoke()
         self._error = SyncRankFailedError if died else SyncError
         self._broken = f"rank {self.rank} of {self.size}: MPI reports an error in {self._call}: {error}"
-        _unrecovered.append(self)
-        _abort_at_exit()
+        _abort_at_exit(self)
         end = "the job will be aborted when this process exits"
         if died:
             end = f"a rank has died or given up: go on with those that are left by `comm = comm.shrink()`, or {end}"
@@ -266,9 +285,7 @@ class MPICommunicator(HostCommunicator):
         self._broken = self._broken or "it was shrunk"
         _unrecovered[:] = [other for other in _unrecovered if other is not self]
         shrunk = object.__new__(type(self))  # nobody else has its MPI communicator: it need not be a duplicate
-        shrunk._set_up(
-            survivors, timeout=self.timeout, validate=self.validate, max_gathered_ranks=self.max_gathered_ranks
-        )
+        shrunk._set_up(survivors, self.timeout, self.validate, self.max_gathered_ranks, self.cuda_aware)
         shrunk._comm = survivors
         return shrunk
 
@@ -310,9 +327,14 @@ def _mpi() -> Any:
     return MPI
 
 
+def _abort_at_exit(communicator: MPICommunicator) -> None:
+    """End the job when this process exits, unless `communicator` is shrunk before."""
+    _unrecovered.append(communicator)
+    _register_abort()
+
+
 @functools.cache
-def _abort_at_exit() -> None:
-    """End the job when this process exits, once it has given up on a peer."""
+def _register_abort() -> None:
     atexit.register(_abort)  # runs before mpi4py's own exit hook, whose MPI_Finalize would wait for ever
 
 
@@ -322,4 +344,8 @@ def _abort() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_GRACE)
+    if hasattr(signal, "alarm"):
+        # MPICH's Abort waits for a launcher that a rank on a host without network can't reach.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LAST_RESORT)
     _mpi().COMM_WORLD.Abort(1)
