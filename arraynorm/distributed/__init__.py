@@ -5,7 +5,7 @@ here imports mpi4py before it is asked for.
 """
 
 from arraynorm.distributed._communicator import SELF
-from arraynorm.distributed._errors import SyncError, SyncMismatchError, SyncTimeoutError
+from arraynorm.distributed._errors import SyncError, SyncMismatchError, SyncRankFailedError, SyncTimeoutError
 from arraynorm.distributed._resolve import as_communicator, layer_numbers, world
 from arraynorm.distributed.data_parallel import allreduce_gradients, broadcast_state
 from arraynorm.distributed.mpi import MPICommunicator
@@ -16,6 +16,7 @@ __all__ = [
     "MPICommunicator",
     "SyncError",
     "SyncMismatchError",
+    "SyncRankFailedError",
     "SyncTimeoutError",
     "ThreadCommunicator",
     "allreduce_gradients",

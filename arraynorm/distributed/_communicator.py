@@ -10,10 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from arraynorm import _array, _fields
+from arraynorm import _fields
 from arraynorm.distributed import _agreement
 from arraynorm.distributed._errors import SyncError, SyncMismatchError
-from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, packed, unpacked
+from arraynorm.distributed._moments import merge, merge_by_sums, unpacked
+from arraynorm.distributed._staging import Staging
 from arraynorm.typing import Array
 
 MAX_GATHERED_RANKS = 16
@@ -62,6 +63,7 @@ class HostCommunicator(abc.ABC):
         self._said: bytes | None = b""  # None for an error
         self._broken = ""
         self._turn = _Turn(type(self).__name__, self._break)
+        self._staging = Staging()
 
     @property
     @abc.abstractmethod
@@ -111,26 +113,25 @@ class HostCommunicator(abc.ABC):
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         """See `arraynorm.typing.Communicator.merge_moments`."""
-        part = n, _array.to_numpy(mean), _array.to_numpy(m2)
+        staging = self._staging
         with self._turn:
             if self.size <= self.max_gathered_ranks:
-                n, merged_mean, merged_m2 = merge(map(unpacked, self._gather(packed(part))))
+                gathered = self._gather(staging.message([n], mean, m2))
+                n, merged_mean, merged_m2 = merge(map(unpacked, staging.gathered(gathered)))
             else:
-                n, merged_mean, merged_m2 = merge_by_sums(part, self._sum)
-        return n, _like(mean, merged_mean), _like(m2, merged_m2)
+                n, merged_mean, merged_m2 = merge_by_sums(unpacked(staging.host_message([n], mean, m2)), self._sum)
+            return n, staging.like(mean, merged_mean), staging.like(m2, merged_m2)
 
     def allreduce_sum(self, a: Array) -> Array:
         """See `arraynorm.typing.Communicator.allreduce_sum`."""
-        host = _array.to_numpy(a)
-        # a copy: a peer that has the sum may go on to write to its own `a` while another still adds
-        flat: Float64Array = np.array(host, dtype=np.float64, order="C").reshape(-1)
+        staging = self._staging
         with self._turn, np.errstate(all="ignore"):
             if self.size <= self.max_gathered_ranks:
                 # row after row (a single column it may pair); on every rank the same
-                total = np.add.reduce(self._gather(flat), axis=0)
+                total = np.add.reduce(staging.gathered(self._gather(staging.message([], a))), axis=0)
             else:
-                total = self._sum(flat)
-        return _like(a, total.reshape(host.shape))
+                total = self._sum(staging.host_message([], a))
+            return staging.like(a, total.reshape(a.shape))
 
     # -- payloads of any dtype, for data-parallel training -------------------------------------------------------
 
@@ -270,10 +271,3 @@ class SelfCommunicator(HostCommunicator):
 
 SELF = SelfCommunicator()
 """No synchronization."""
-
-
-def _like(array: Array, host: Float64Array) -> Array:
-    """`host` in the library and on the device of `array`."""
-    if type(array) is np.ndarray:
-        return host
-    return _array.from_numpy(host, _array.array_namespace(array), _array.device(array))

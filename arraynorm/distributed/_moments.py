@@ -60,12 +60,7 @@ def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Arra
         return int(count), g + d, np.maximum(sums[channels:] - count * d * d, 0.0)
 
 
-def packed(part: Moments) -> Float64Array:
-    """[n, mean, m2], one message."""
-    n, mean, m2 = part
-    return np.concatenate(([float(n)], mean, m2))
-
-
 def unpacked(message: Float64Array) -> Moments:
+    """The moments of a message [n, mean, m2]."""
     channels = len(message) // 2
     return int(message[0]), message[1 : 1 + channels], message[1 + channels :]

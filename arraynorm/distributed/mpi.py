@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
 from arraynorm import _array, _fields
 from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
-from arraynorm.distributed._errors import SyncTimeoutError
+from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
+from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
 # machine takes some 10 us, a poll 0.2 us. Who yields sooner, between two messages of one call, gives the core to any
@@ -26,13 +30,24 @@ _SPINS, _YIELDS, _NAP = 500, 2500, 1e-4
 # come to say so.
 _GRACE = 1.0
 
-_DEFAULTS: dict[str, Any] = {"timeout": 1800.0, "validate": True, "max_gathered_ranks": MAX_GATHERED_RANKS}
+# Seconds for MPI_Abort to end this process, before the kernel does.
+_LAST_RESORT = 10
+
+_DEFAULTS: dict[str, Any] = {
+    "timeout": 1800.0,
+    "validate": True,
+    "max_gathered_ranks": MAX_GATHERED_RANKS,
+    "cuda_aware": False,
+}
 
 # time.sleep(0) is no replacement where there is this: it sleeps for the timer's slack, some 60 us.
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 _abandoned: list[Any] = []
 """Requests that never completed, and their buffers, which MPI may still write to."""
+
+_unrecovered: list[MPICommunicator] = []
+"""Broken communicators that were not shrunk: MPI_Finalize may wait for their missing ranks for ever."""
 
 
 def is_mpi4py(comm: object) -> bool:
@@ -56,6 +71,9 @@ class MPICommunicator(HostCommunicator):
         Whether the ranks' calls are compared before each payload (True); without it a difference is a hang or garbage.
     max_gathered_ranks : int
         Up to so many ranks the statistics are gathered in one message; beyond, they are summed in two.
+    cuda_aware : bool
+        Whether MPI may be given device memory (False): CuPy's statistics are then gathered from there, not from a
+        pinned host copy. **An MPI without CUDA support crashes.** Not run on a GPU yet, either way.
 
     Raises
     ------
@@ -68,13 +86,15 @@ class MPICommunicator(HostCommunicator):
 
     Notes
     -----
-    After a SyncTimeoutError, or another exception within a call (KeyboardInterrupt, MemoryError), the communicator is
-    broken: every later use raises at once. If a collective was left unfinished, for which MPI_Finalize would wait for
-    ever, the process ends the whole job, by MPI_Abort, when it exits.
+    After a SyncTimeoutError, another SyncError for what MPI reports, or another exception within a call
+    (KeyboardInterrupt, MemoryError), the communicator is broken: every later use raises at once. If a collective was
+    left unfinished, for which MPI_Finalize would wait for ever, the process then ends the whole job, by MPI_Abort, when
+    it exits, unless `shrink` has made a communicator of the ranks that are left.
     One thread uses a communicator at a time: for more, make one per `comm.Dup()`, in the same order on every rank.
     """
 
     timeout: float
+    cuda_aware: bool
     _comm: Any = None
 
     def __new__(cls, comm: Any, **settings: Any) -> Self:
@@ -93,8 +113,14 @@ class MPICommunicator(HostCommunicator):
         timeout: float | None = None,
         validate: bool | None = None,
         max_gathered_ranks: int | None = None,
+        cuda_aware: bool | None = None,
     ) -> None:
-        settings = {"timeout": timeout, "validate": validate, "max_gathered_ranks": max_gathered_ranks}
+        settings = {
+            "timeout": timeout,
+            "validate": validate,
+            "max_gathered_ranks": max_gathered_ranks,
+            "cuda_aware": cuda_aware,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         if self._comm is None:
             self._create(comm, **(_DEFAULTS | given))
@@ -105,20 +131,30 @@ class MPICommunicator(HostCommunicator):
                     f"{getattr(self, name)}, got {value}"
                 )
 
-    def _create(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int) -> None:
+    def _create(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int, cuda_aware: bool) -> None:
         if not 0 < timeout < math.inf:
             raise ValueError(f"MPICommunicator: timeout must be a positive number of seconds, got {timeout!r}")
-        super().__init__(validate=True, max_gathered_ranks=max_gathered_ranks)
-        self.timeout = float(timeout)
-        creation = _fields.pack({"operation": "creating a communicator"})
+        self._set_up(comm, float(timeout), True, max_gathered_ranks, cuda_aware)
+        creation = _fields.pack({"operation": "creating a communicator", "timeout": self.timeout})
         self._said = creation
-        self._rank, self._size = comm.Get_rank(), comm.Get_size()
-        self._comm, request = comm.Idup()
-        self._wait(request)
-        settings = {"timeout": self.timeout, "validate": int(validate), "max_gathered_ranks": max_gathered_ranks}
+        try:
+            duplicate, request = comm.Idup()
+            self._wait(request, duplicate)
+        except _mpi().Exception as error:
+            raise self._failed(error) from error
+        self._comm = duplicate
+        settings = {"validate": int(validate), "max_gathered_ranks": max_gathered_ranks, "cuda_aware": int(cuda_aware)}
         self._agree_alone(creation + _fields.pack(settings))
         self.validate = validate
         comm.Set_attr(_keyval(), self)
+
+    def _set_up(self, comm: Any, timeout: float, validate: bool, max_gathered_ranks: int, cuda_aware: bool) -> None:
+        """Everything but `_comm`, which a communicator has once it may be used."""
+        super().__init__(validate=validate, max_gathered_ranks=max_gathered_ranks)
+        self.timeout, self.cuda_aware = timeout, cuda_aware
+        self._staging = Staging(cuda_aware)
+        self._rank, self._size = comm.Get_rank(), comm.Get_size()
+        self._error: type[SyncError] = SyncTimeoutError
 
     @property
     def rank(self) -> int:
@@ -130,30 +166,36 @@ class MPICommunicator(HostCommunicator):
 
     def _maximum(self, a: Any) -> Any:
         greatest = np.empty_like(a)
-        self._wait(self._usable().Iallreduce(a, greatest, op=_mpi().MAX), a, greatest)
+        self._complete(self._usable().Iallreduce, a, greatest, op=_mpi().MAX)
         return greatest
 
     def _gather(self, a: Any) -> Any:
-        gathered = np.empty((self.size, *a.shape), a.dtype)
-        self._wait(self._usable().Iallgather(a, gathered), a, gathered)
+        gathered = empty((self.size, *a.shape), a)
+        self._complete(self._usable().Iallgather, a, gathered)
         return gathered
 
     def _sum(self, a: Any) -> Any:
         # Not an Allreduce: MPI recommends, but does not promise, that it gives all ranks the same bits.
         total = np.empty_like(a)
-        self._wait(self._usable().Ireduce(a, total, op=_mpi().SUM, root=0), a, total)
+        self._complete(self._usable().Ireduce, a, total, op=_mpi().SUM, root=0)
         return self._broadcast(total, 0)
 
     def _broadcast(self, a: Any, root: int) -> Any:
-        self._wait(self._usable().Ibcast(a, root=root), a)
+        self._complete(self._usable().Ibcast, a, root=root)
         return a
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
     def _usable(self) -> Any:
         if self._broken:
-            raise SyncTimeoutError(f"the communicator is broken since an earlier call: {self._broken}")
+            raise self._error(f"the communicator is broken since an earlier call: {self._broken}")
         return self._comm
+
+    def _complete(self, collective: Callable[..., Any], *buffers: Any, **options: Any) -> None:
+        try:
+            self._wait(collective(*buffers, **options), *buffers)
+        except _mpi().Exception as error:
+            raise self._failed(error) from error
 
     def _wait(self, request: Any, *buffers: Any) -> None:
         """Until `request` is complete, or the deadline has passed."""
@@ -168,10 +210,10 @@ class MPICommunicator(HostCommunicator):
                         time.sleep(_NAP)
                     if time.monotonic() > deadline:
                         self._give_up()
-        except BaseException:  # the deadline, or what a signal handler raises, as on Ctrl-C
+        except BaseException:  # the deadline, what MPI reports, or what a signal handler raises, as on Ctrl-C
             # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
             _abandoned.append((request, buffers, self._comm))
-            _abort_at_exit()
+            _abort_at_exit(self)
             raise
 
     def _give_up(self) -> None:
@@ -182,6 +224,75 @@ class MPICommunicator(HostCommunicator):
             f"{self._broken}; one has failed, hangs or makes other calls. The job will be aborted when this process "
             "exits; run it by `python -m mpi4py` to have it aborted at a rank's first uncaught exception"
         )
+
+    # -- ranks that die ----------------------------------------------------------------------------------------
+
+    def _failed(self, error: Any) -> SyncError:
+        """What MPI reports, in our words. The peers are to hear of it as well, for this rank makes no more calls."""
+        died = self._death_is_known(error)
+        if self._comm is not None:
+            with contextlib.suppress(NotImplementedError):
+                self._comm.Revoke()
+        self._error = SyncRankFailedError if died else SyncError
+        self._broken = f"rank {self.rank} of {self.size}: MPI reports an error in {self._call()}: {error}"
+        _abort_at_exit(self)
+        end = "the job will be aborted when this process exits"
+        if died:
+            end = f"a rank has died or given up: go on with those that are left by `comm = comm.shrink()`, or {end}"
+        return self._error(f"{self._broken}; {end}")
+
+    def _death_is_known(self, error: Any) -> bool:
+        """Whether an error of MPI is about a rank that has died, or a peer that knows of one."""
+        MPI = _mpi()
+        # mpi4py gives codes that the MPI library lacks the value of ERR_UNKNOWN
+        if error.Get_error_class() in {MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED} - {MPI.ERR_UNKNOWN}:
+            return True
+        # Open MPI 5.0.11 reports ERR_OTHER where death and revocation come at the same time.
+        return self._comm is not None and (self._comm.Is_revoked() or self._comm.Get_failed().Get_size() > 0)
+
+    def shrink(self) -> MPICommunicator:
+        """The communicator of the ranks that are left, in their order, with the same settings.
+
+        To be called by all of them once this one has raised a SyncError on any: the others raise at their next call,
+        or in the one in which they wait. It says nothing of the training: agree on the step to go on from, and use
+        `broadcast_state`.
+
+        Raises
+        ------
+        RuntimeError
+            The MPI library has no User-Level Failure Mitigation (ULFM). Open MPI has, under `mpiexec --with-ft ulfm`;
+            other launchers end the job when a rank dies.
+        SyncTimeoutError
+            A rank that has not died did not come within `timeout`.
+
+        References
+        ----------
+        Bland et al., "Post-failure recovery of MPI communication capability: Design and rationale", 2013.
+        """
+        MPI = _mpi()
+        self._said = _fields.pack({"operation": "shrinking"})
+        try:
+            self._comm.Revoke()
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"MPICommunicator.shrink: {MPI.get_vendor()[0]} can't go on without a rank; Open MPI can, started by "
+                "`mpiexec --with-ft ulfm`"
+            ) from error
+        # Shrink waits for all who live, and Ishrink fails with ERR_INTERN in Open MPI 5.0.11: so they are awaited here.
+        everyone = np.ones(1, dtype=np.intc)
+        try:
+            self._wait(self._comm.Iagree(everyone), everyone)
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_PROC_FAILED:  # this one says that all came but the dead
+                raise self._failed(error) from error
+        survivors = self._comm.Shrink()
+        if not self._broken:
+            self._broken, self._error = "it was shrunk", SyncError
+        _unrecovered[:] = [other for other in _unrecovered if other is not self]
+        shrunk = object.__new__(type(self))  # nobody else has its MPI communicator: it need not be a duplicate
+        shrunk._set_up(survivors, self.timeout, self.validate, self.max_gathered_ranks, self.cuda_aware)
+        shrunk._comm = survivors
+        return shrunk
 
     def __repr__(self) -> str:
         return f"MPICommunicator(rank {self.rank} of {self.size})"
@@ -221,14 +332,25 @@ def _mpi() -> Any:
     return MPI
 
 
+def _abort_at_exit(communicator: MPICommunicator) -> None:
+    """End the job when this process exits, unless `communicator` is shrunk before."""
+    _unrecovered.append(communicator)
+    _register_abort()
+
+
 @functools.cache
-def _abort_at_exit() -> None:
-    """End the job when this process exits, once it has given up on a peer."""
+def _register_abort() -> None:
     atexit.register(_abort)  # runs before mpi4py's own exit hook, whose MPI_Finalize would wait for ever
 
 
 def _abort() -> None:
+    if not _unrecovered:
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(_GRACE)
+    if hasattr(signal, "alarm"):
+        # MPICH's Abort waits for a launcher that a rank on a host without network can't reach.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LAST_RESORT)
     _mpi().COMM_WORLD.Abort(1)
