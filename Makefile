@@ -8,12 +8,13 @@
 # make coverage     line coverage of arraynorm/
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
-# name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed.
+# name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed; the
+# C++ is compiled once, into the wheel that all of them install.
 
 PYTHON ?= python3
 JOBS ?= 2
 
-SOURCES := $(shell find arraynorm -type f ! -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint mpi fault-table parity violations coverage clean
@@ -53,10 +54,17 @@ violations: .venv/dev/installed
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
 
-.venv/%/installed: pyproject.toml $(SOURCES)
+.venv/wheel/built: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'
+	rm -rf .venv/wheel
+	$(PYTHON) -m venv .venv/wheel
+	.venv/wheel/bin/python $(PIP) wheel --no-deps --wheel-dir .venv/wheel .
+	touch $@
+
+.venv/%/installed: .venv/wheel/built
 	test -x .venv/$*/bin/python || $(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/python $(PIP) install '.[$*]'
+	.venv/$*/bin/python $(PIP) install --force-reinstall --no-deps .venv/wheel/*.whl
+	.venv/$*/bin/python $(PIP) install "$$(echo .venv/wheel/*.whl)[$*]"
 	touch $@
 
 # The version matters: it is the peer that every comparison names.
