@@ -165,6 +165,10 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache, *, out: Array | None =
     function = "batch_norm_backward"
     _check.cache_of(function, cache, BatchNormCache)
     x, weight, bias, mean, var, rstd, count, axis, comm = cache
+    if comm is None and out is None:
+        made = kernels.batch_norm_backward.direct(dy, x, weight, bias, mean, rstd, axis)
+        if made is not None:
+            return AffineGradients(*made)
     with agreement(comm) as fields:
         check_backward(function, dy, x, out, needed=(x, weight, bias, mean, var, rstd))
         fields.update(operation=function, channels=mean.shape[0], dtype=_array.dtype_name(x.dtype), ndim=x.ndim)
@@ -195,6 +199,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, BatchNormCache]:
     function = "batch_norm"
+    if comm is None and out is None:
+        made = kernels.batch_norm_forward.direct(x, weight, bias, axis, eps)
+        if made is not None:
+            y, mean, var, rstd, count, axis = made
+            return y, BatchNormCache(x, weight, bias, mean, var, rstd, count, axis, None)
     _check.communicator(function, comm)
     with agreement(comm) as fields:
         axis, eps = check_channels(function, x, weight, bias, axis, eps)

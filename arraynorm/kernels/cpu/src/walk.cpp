@@ -85,4 +85,12 @@ std::optional<Walked> Walked::of(PyArrayObject* x, bool with_mask) {
     return {};
 }
 
+Volume volume_in_c_order(int64_t n, int64_t c, int64_t s) {
+    const Walk walk = c == 1            ? Walk::one_channel
+                      : s == 1          ? Walk::rows
+                      : s < small_plane ? Walk::small_planes
+                                        : Walk::planes;
+    return volume_of(walk, n, c, s);
+}
+
 }  // namespace arraynorm

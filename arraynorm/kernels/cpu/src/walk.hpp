@@ -28,4 +28,7 @@ struct Walked {
     int64_t n, c, s;  // as the caller sees them
 };
 
+// The volume of arrays in C order, whose samples are C * S elements apart and whose channels S.
+Volume volume_in_c_order(int64_t n, int64_t c, int64_t s);
+
 }  // namespace arraynorm
