@@ -1,130 +1,10 @@
 // Batch norm, from Python's arguments to a call.
 #include "native.hpp"
+#include "operands.hpp"
 #include "walk.hpp"
 
 namespace arraynorm {
 namespace {
-
-// The arrays of one call in the shape of x (N, C, S): inputs as they are or, where their strides or dtype do not fit, as
-// copies; outputs in place or, where they do not fit, copied when the work is done.
-class Operands {
-public:
-    // `inputs` are those of x's shape, x first; null where there is none. Throws Declined.
-    Operands(std::initializer_list<PyArrayObject*> inputs, bool with_mask) {
-        PyArrayObject* x = *inputs.begin();
-        result_descr_ = PyArray_DESCR(x);
-        Py_INCREF(result_descr_);
-        descr_ = Ref::borrowed(reinterpret_cast<PyObject*>(result_descr_));
-        const std::optional<DType> own = dtype_of(x);
-        if (!own || PyArray_NDIM(x) != 3) throw Declined{};
-        dtype = *own;
-        for (PyArrayObject* input : inputs) {
-            if (!input) continue;
-            const std::optional<DType> other = dtype_of(input);
-            if (!other) throw Declined{};
-            if (*other != dtype) {  // double holds any two of them
-                dtype = DType::float64;
-                descr_ = Ref::checked(reinterpret_cast<PyObject*>(PyArray_DescrFromType(NPY_DOUBLE)));
-            }
-        }
-        if (auto walked = dtype == *own ? Walked::of(x, with_mask) : std::nullopt) {
-            walked_ = *walked;
-            prototype_ = Ref::borrowed(reinterpret_cast<PyObject*>(x));
-            // a result with x's order of strides may not be walked as x is, where those overlap
-            Ref probe = empty_like();
-            if (walked_.tensor(probe.array())) {
-                spare_ = std::move(probe);
-            } else {
-                prototype_ = Ref();
-            }
-        }
-        if (!prototype_) {
-            Ref copy = Ref::checked(PyArray_Empty(3, PyArray_DIMS(x), new_descr(), 0));
-            copy_into(copy.array(), x);
-            walked_ = *Walked::of(copy.array(), with_mask);
-            prototype_ = std::move(copy);
-            x_is_copy_ = true;
-        }
-        for (PyArrayObject* input : inputs) tensors_.push_back(input ? read(input, input == x) : Tensor{});
-    }
-    ~Operands() { Py_DECREF(result_descr_); }
-
-    struct Declined {};
-
-    DType dtype;
-    const Volume& volume() const { return walked_.volume; }
-    int64_t size() const { return walked_.n * walked_.c * walked_.s; }
-    const Tensor& input(size_t i) const { return tensors_[i]; }
-
-    // An output of x's shape: `out`, or a new array.
-    Tensor output(PyArrayObject* out) {
-        Output o;
-        o.given = Ref::borrowed(reinterpret_cast<PyObject*>(out));
-        std::optional<Tensor> tensor;
-        if (out && dtype_of(out) == dtype) tensor = walked_.tensor(out);
-        if (tensor) {
-            o.written = Ref::borrowed(reinterpret_cast<PyObject*>(out));
-        } else {
-            o.written = spare_ ? std::move(spare_) : empty_like();
-            spare_ = Ref();
-            tensor = walked_.tensor(o.written.array());
-        }
-        outputs_.push_back(std::move(o));
-        return *tensor;
-    }
-
-    // The outputs' arrays in the order of the calls of output().
-    Ref result(size_t i) {
-        Output& o = outputs_[i];
-        if (o.given.get() == o.written.get() && o.given) return std::move(o.given);
-        if (!o.given && PyArray_DESCR(o.written.array())->type_num == result_descr_->type_num)
-            return std::move(o.written);
-        if (!o.given) return copied_like(o.written.array(), o.written.array(), result_descr_);
-        copy_into(o.given.array(), o.written.array());
-        return std::move(o.given);
-    }
-
-private:
-    struct Output {
-        Ref given, written;
-    };
-
-    PyArray_Descr* new_descr() const {
-        Py_INCREF(descr_.get());
-        return reinterpret_cast<PyArray_Descr*>(descr_.get());
-    }
-    Ref empty_like() const {
-        return new_like(prototype_.array(), reinterpret_cast<PyArray_Descr*>(descr_.get()));
-    }
-    Tensor read(PyArrayObject* input, bool is_x) {
-        if (is_x && x_is_copy_) return *walked_.tensor(prototype_.array());
-        if (dtype_of(input) == dtype)
-            if (auto tensor = walked_.tensor(input)) return *tensor;
-        Ref copy = empty_like();
-        copy_into(copy.array(), input);
-        copies_.push_back(std::move(copy));
-        return *walked_.tensor(copies_.back().array());
-    }
-
-    Walked walked_{};
-    PyArray_Descr* result_descr_;
-    Ref descr_, prototype_, spare_;
-    bool x_is_copy_ = false;
-    std::vector<Ref> copies_;
-    std::vector<Tensor> tensors_;
-    std::vector<Output> outputs_;
-};
-
-PyObject* tuple(std::initializer_list<PyObject*> owned) {
-    Ref result = Ref::checked(PyTuple_New(Py_ssize_t(owned.size())));
-    Py_ssize_t i = 0;
-    for (PyObject* object : owned) PyTuple_SET_ITEM(result.get(), i++, object);
-    return result.release();
-}
-
-PyObject* none() { return Ref::borrowed(Py_None).release(); }
-
-int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // -- forward --------------------------------------------------------------------------------------------------
 
@@ -140,16 +20,18 @@ struct ForwardResult {
 
 // With `mean` and `rstd`, y for those; else the statistics, and y if it `writes`.
 ForwardResult forward(const ForwardArguments& a, bool writes) {
-    Operands operands({a.x, a.addend}, a.with_relu);
+    const auto way = [&](PyArrayObject* x) { return Walked::of(x, a.with_relu); };
+    Operands<Walked> operands({a.x, a.addend}, way);
     BatchNormForward call{};
     call.dtype = operands.dtype;
-    call.volume = operands.volume();
+    const int64_t size = PyArray_SIZE(a.x);
+    call.volume = operands.way().volume;
     call.x = operands.input(0);
     call.addend = operands.input(1);
     if (writes) call.y = operands.output(a.out);
     ForwardResult result;
     if (a.with_relu) {
-        result.mask = new_zeros((operands.size() + 7) / 8, NPY_UINT8);
+        result.mask = new_zeros((size + 7) / 8, NPY_UINT8);
         call.mask = static_cast<uint8_t*>(PyArray_DATA(result.mask.array()));
     }
     const std::vector<double> weight = as_doubles(a.weight), bias = as_doubles(a.bias);
@@ -168,9 +50,9 @@ ForwardResult forward(const ForwardArguments& a, bool writes) {
         result.rstd = new_vector(channels, call.rstd);
     }
     call.writes = writes;
-    call.streaming = exceeds_cache((a.addend ? 3 : 2) * operands.size() * item_size(operands.dtype));
+    call.streaming = exceeds_cache((a.addend ? 3 : 2) * size * item_size(operands.dtype));
     {
-        const WithoutGIL released(operands.size());
+        const WithoutGIL released(size);
         kernels().batch_norm_forward(call);
     }
     if (writes) result.y = operands.result(0);
@@ -183,21 +65,6 @@ Ref variance(Ref m2, PyArrayObject* x) {
     double* values = static_cast<double*>(PyArray_DATA(m2.array()));
     for (npy_intp c = 0; c < PyArray_DIM(x, 1); ++c) values[c] /= double(n);
     return m2;
-}
-
-template <class Body>
-PyObject* or_decline(Body body) {
-    try {
-        return body();
-    } catch (const Operands::Declined&) {
-        return not_implemented();
-    }
-}
-
-double as_double(PyObject* number) {
-    const double value = PyFloat_AsDouble(number);
-    if (value == -1 && PyErr_Occurred()) throw PythonError{};
-    return value;
 }
 
 PyObject* batch_norm_stats(Arguments a) {
@@ -254,10 +121,12 @@ struct BackwardResult {
 };
 
 BackwardResult backward(const BackwardArguments& a) {
-    Operands operands({a.x, a.dy}, a.mask);
+    const auto way = [&](PyArrayObject* x) { return Walked::of(x, a.mask); };
+    Operands<Walked> operands({a.x, a.dy}, way);
     BatchNormBackward call{};
     call.dtype = operands.dtype;
-    call.volume = operands.volume();
+    const int64_t size = PyArray_SIZE(a.x);
+    call.volume = operands.way().volume;
     call.x = operands.input(0);
     call.dy = operands.input(1);
     if (a.writes) call.dx = operands.output(a.out);
@@ -280,9 +149,9 @@ BackwardResult backward(const BackwardArguments& a) {
     if (a.reduces || a.mean_dy) call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
     call.reduces = a.reduces;
     call.writes = a.writes;
-    call.streaming = exceeds_cache(3 * operands.size() * item_size(operands.dtype));
+    call.streaming = exceeds_cache(3 * size * item_size(operands.dtype));
     {
-        const WithoutGIL released(operands.size());
+        const WithoutGIL released(size);
         kernels().batch_norm_backward(call);
     }
     if (a.writes) result.dx = operands.result(0);
@@ -361,8 +230,6 @@ PyObject* batch_norm_add_relu_backward(Arguments a) {
         return tuple({r.dx.release(), r.daddend.release(), r.dweight.release(), r.dbias.release()});
     });
 }
-
-#define SIGNATURE(name, parameters) #name "($module, " parameters ", /)\n--\n\nSee arraynorm.kernels.reference."
 
 }  // namespace
 

@@ -3,77 +3,10 @@
 // One channel after the other while it sits in the second-level cache: the second look at it costs no memory traffic.
 #pragma once
 
-#include <vector>
-
 #include "batch_norm.hpp"
-#include "parallel.hpp"
+#include "blocks.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
-
-// -- how a channel is cut -------------------------------------------------------------------------------------
-
-// A channel's blocks, of about chunk_size elements each: some whole runs, or a piece of one.
-struct Blocks {
-    int64_t runs, run_size, pieces, runs_per_block, count;
-
-    explicit Blocks(const Volume& v)
-        : runs(v.n), run_size(v.s), pieces(std::max<int64_t>(1, (v.s + chunk_size - 1) / chunk_size)),
-          runs_per_block(std::max<int64_t>(1, chunk_size / std::max<int64_t>(1, v.s))),
-          count(pieces > 1 ? runs * pieces : (runs + runs_per_block - 1) / runs_per_block) {}
-
-    // visit(sample, first, length) for every piece of a run in the block
-    template <class Visit>
-    void visit(int64_t block, Visit f) const {
-        if (pieces > 1) {
-            const int64_t first = block % pieces * chunk_size;
-            f(block / pieces, first, std::min(chunk_size, run_size - first));
-        } else {
-            const int64_t end = std::min(runs, (block + 1) * runs_per_block);
-            for (int64_t n = block * runs_per_block; n < end; ++n) f(n, 0, run_size);
-        }
-    }
-
-    // What a channel is shared out in where there are fewer channels than threads could use: 64 Ki elements and more.
-    int64_t parts() const { return std::clamp<int64_t>(count / 16, 1, 64); }
-
-    template <class Visit>
-    void blocks_of(int64_t part, Visit f) const {
-        for (int64_t block = count * part / parts(); block < count * (part + 1) / parts(); ++block) f(block);
-    }
-};
-
-// Reduces every channel, and then writes it. Few channels are shared out in parts, by the same arithmetic.
-//
-// reduce(c, part) gives what join adds up; keep(c, sum) is told the whole channel's; write(c, part, more) writes, with
-// `more` where this thread goes on to channel c + 1.
-template <class Sum, class Reduce, class Keep, class Write>
-inline void over_channels(
-    const Volume& v, int64_t bytes, bool reduces, bool writes, Reduce reduce, Keep keep, Write write) {
-    const int64_t threads = num_threads(), parts = Blocks(v).parts();
-    if (threads == 1 || parts == 1 || v.c >= 4 * threads) {
-        const int64_t group = std::max<int64_t>(1, v.c / (8 * threads));
-        parallel_for((v.c + group - 1) / group, bytes, [&](int64_t item) {
-            const int64_t end = std::min(v.c, (item + 1) * group);
-            for (int64_t c = item * group; c < end; ++c) {
-                Sum sum{};
-                for (int64_t part = 0; reduces && part < parts; ++part) sum.add(reduce(c, part));
-                if (reduces) keep(c, sum);
-                for (int64_t part = 0; writes && part < parts; ++part) write(c, part, c + 1 < end);
-            }
-        });
-        return;
-    }
-    if (reduces) {
-        std::vector<Sum> sums(v.c * parts);
-        parallel_for(v.c * parts, bytes, [&](int64_t i) { sums[i] = reduce(i / parts, i % parts); });
-        for (int64_t c = 0; c < v.c; ++c) {
-            Sum sum{};
-            for (int64_t part = 0; part < parts; ++part) sum.add(sums[c * parts + part]);
-            keep(c, sum);
-        }
-    }
-    if (writes) parallel_for(v.c * parts, bytes, [&](int64_t i) { write(i / parts, i % parts, false); });
-}
 
 // The bit of the mask of element i of run (n, c).
 inline int64_t mask_bit(const Volume& v, int64_t n, int64_t c, int64_t i) { return (n * v.c + c) * v.s + i; }
@@ -122,9 +55,9 @@ void write_forward(const BatchNormForward& call, const Blocks& blocks, int64_t c
 template <class T>
 void forward_planes(const BatchNormForward& call) {
     using E = Computation<T>;
-    const Blocks blocks(call.volume);
-    over_channels<Moments>(
-        call.volume, 2 * call.volume.size() * sizeof(T), call.takes_statistics, call.writes,
+    const Blocks blocks(call.volume.n, call.volume.s);
+    over_sets<Moments>(
+        call.volume.c, blocks.parts(), 2 * call.volume.size() * sizeof(T), call.takes_statistics, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, bool more) {
@@ -203,9 +136,9 @@ void write_backward(const BatchNormBackward& call, const Blocks& blocks, int64_t
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
     using E = Computation<T>;
-    const Blocks blocks(call.volume);
-    over_channels<Sums>(
-        call.volume, 3 * call.volume.size() * sizeof(T), call.reduces, call.writes,
+    const Blocks blocks(call.volume.n, call.volume.s);
+    over_sets<Sums>(
+        call.volume.c, blocks.parts(), 3 * call.volume.size() * sizeof(T), call.reduces, call.writes,
         [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](int64_t c, int64_t part, bool more) {

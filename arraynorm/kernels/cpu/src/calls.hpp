@@ -20,7 +20,23 @@ struct Volume {
     int64_t size() const { return n * c * s; }
 };
 
-// An array seen as a volume; distances in elements. (For columns `channel` is s.)
+// The rows of layer, RMS, group and instance norm: one for each group of channels of each sample.
+struct Rows {
+    enum class Layout {
+        elements,  // a row is `channels` adjacent elements, each with parameters of its own; rows of a sample are adjacent
+        planes,    // a row is `channels` runs of `size` adjacent elements
+        columns,   // a sample is a matrix, `lines` lines of groups * channels * size adjacent elements; a row some columns
+    };
+    Layout layout;
+    int64_t samples, groups, channels, size, lines;  // channels of a group
+    int64_t count() const { return samples * groups; }
+    int64_t parameters() const { return groups * channels; }
+    int64_t row_size() const { return channels * size * lines; }
+    int64_t elements() const { return count() * row_size(); }
+};
+
+// An array seen as a volume or as rows; distances in elements. `channel` is that of runs: of a volume's planes or a row's,
+// 1 for elements, s for a volume's columns, and that of lines for a row's columns.
 struct Tensor {
     void* data = nullptr;
     int64_t sample = 0, channel = 0;
@@ -59,11 +75,42 @@ struct BatchNormBackward {
     bool streaming;
 };
 
+struct RowNormForward {
+    DType dtype;
+    Rows rows;
+    Tensor x, y;
+    const double *weight, *bias;  // a value per parameter, or null
+    double eps;
+    double *mean, *var, *rstd;  // a value per row. RMS norm has no mean and no var, layer norm no var
+    bool streaming;
+};
+
+struct RowNormBackward {
+    DType dtype;
+    Rows rows;
+    Tensor dy, x, dx;
+    const double* weight;         // a value per parameter, or null
+    const double *mean, *rstd;    // a value per row; no mean for RMS norm
+    double *dweight, *dbias;      // a value per parameter; for RMS norm dbias is scratch
+    bool streaming;
+};
+
+struct QuantizedBatchNorm {
+    Volume volume;
+    Tensor x, y;
+    bool is_signed, with_relu;
+    const double *a, *b;  // (C,)
+    double x_scale, x_zero_point, y_scale, y_zero_point;
+};
+
 // What one ISA level has.
 struct Kernels {
     const char* isa;
     void (*batch_norm_forward)(const BatchNormForward&);
     void (*batch_norm_backward)(const BatchNormBackward&);
+    void (*row_norm_forward)(const RowNormForward&);
+    void (*row_norm_backward)(const RowNormBackward&);
+    void (*quantized_batch_norm)(const QuantizedBatchNorm&);
 };
 
 const Kernels& baseline_kernels();

@@ -11,6 +11,9 @@ namespace arraynorm {
 namespace ARRAYNORM_ISA {
 void batch_norm_forward(const BatchNormForward&);
 void batch_norm_backward(const BatchNormBackward&);
+void row_norm_forward(const RowNormForward&);
+void row_norm_backward(const RowNormBackward&);
+void quantized_batch_norm(const QuantizedBatchNorm&);
 }  // namespace ARRAYNORM_ISA
 
 const Kernels& ARRAYNORM_TABLE_NAME(ARRAYNORM_ISA)() {
@@ -18,6 +21,9 @@ const Kernels& ARRAYNORM_TABLE_NAME(ARRAYNORM_ISA)() {
         ARRAYNORM_STRING(ARRAYNORM_ISA),
         ARRAYNORM_ISA::batch_norm_forward,
         ARRAYNORM_ISA::batch_norm_backward,
+        ARRAYNORM_ISA::row_norm_forward,
+        ARRAYNORM_ISA::row_norm_backward,
+        ARRAYNORM_ISA::quantized_batch_norm,
     };
     return kernels;
 }

@@ -10,7 +10,7 @@ const Kernels& kernels();
 using Arguments = PyObject* const*;
 
 // One function for each specialised kernel, with the reference's parameters; NotImplemented declines.
-extern PyMethodDef batch_norm_methods[];
+extern PyMethodDef batch_norm_methods[], row_norm_methods[], quantized_batch_norm_methods[];
 
 // The body of a METH_FASTCALL function with a fixed number of parameters.
 template <size_t number, PyObject* (*body)(Arguments)>

@@ -1,0 +1,82 @@
+// Layer, RMS, group and instance norm over rows: statistics per row, parameters per channel. The formulas are those of
+// reference/layer_norm.py, rms_norm.py, group_norm.py and instance_norm.py.
+//
+// How sums are cut up depends on the shape alone, so no bit depends on the number of threads.
+#pragma once
+
+#include "blocks.hpp"
+#include "calls.hpp"
+
+namespace arraynorm::ARRAYNORM_ISA {
+
+// -- statistics -----------------------------------------------------------------------------------------------
+
+// For RMS norm, moments about zero: the sum of squares, infinite where it is beyond double.
+template <class T, class Runs>
+inline Moments squares_of(const Runs& runs) {
+    using E = Computation<T>;
+    double squares = sums_about<E, T>(E(0), runs).second;
+    if (!std::is_same_v<E, double> && !(squares > 1e-25 && squares < 1e30))
+        squares = sums_about<double, T>(0, runs).second;
+    return {1, 0, 0, squares};
+}
+
+// The first element of row (sample, group).
+template <class T>
+inline T* start_of(const Rows& rows, const Tensor& tensor, int64_t row) {
+    if (rows.groups == 1) return tensor.at<T>(row, 0);
+    return tensor.at<T>(row / rows.groups, row % rows.groups * rows.channels);
+}
+
+template <class T>
+Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
+    const T* x = start_of<const T>(call.rows, call.x, row);
+    Moments moments;
+    blocks.blocks_of(part, [&](int64_t block) {
+        auto runs = [&](auto f) {
+            blocks.visit(block, [&](int64_t run, int64_t i, int64_t length) {
+                f(x + run * call.x.channel + i, length);
+            });
+        };
+        moments.add(call.mean ? moments_of<T>(runs) : squares_of<T>(runs));
+    });
+    return moments;
+}
+
+// has_infinity() tells whether the row has an infinite element.
+template <class HasInfinity>
+inline void keep_statistics(const RowNormForward& call, int64_t row, Moments moments, HasInfinity has_infinity) {
+    // squares beyond double: as infinity they would make y quietly zero. RMS norm does make zeros of what shares a row
+    // with infinity.
+    if (std::isinf(moments.m2) && (call.mean || !has_infinity())) moments.m2 = std::numeric_limits<double>::quiet_NaN();
+    const double var = moments.m2 / double(std::max<int64_t>(call.rows.row_size(), 1));
+    if (call.mean) call.mean[row] = moments.mean();
+    if (call.var) call.var[row] = var;
+    call.rstd[row] = reciprocal_std(var, call.eps);
+}
+
+inline double mean_of(const double* mean, int64_t row) { return mean ? mean[row] : 0; }
+
+// -- backward -------------------------------------------------------------------------------------------------
+
+// dx = dy * weight * rstd + (x - mean) * of_deviation + constant
+struct RowCoefficients {
+    double mean, rstd, of_deviation, constant;
+};
+
+// `sums` are those of g = dy * weight and of g * (x - mean) over the row.
+inline RowCoefficients row_coefficients(const RowNormBackward& call, int64_t row, Sums sums) {
+    const double n = double(std::max<int64_t>(call.rows.row_size(), 1)), rstd = call.rstd[row];
+    const double mean_g_x_hat = sums.second * rstd / n;
+    return {mean_of(call.mean, row), rstd, -rstd * rstd * mean_g_x_hat, call.mean ? -rstd * (sums.first / n) : 0};
+}
+
+// Whether a row's dx can be computed in float.
+inline bool is_tame(const RowCoefficients& k) { return is_tame(k.mean, k.rstd) && is_tame(k.constant, k.of_deviation); }
+
+inline bool is_tame_parameter(double value) {
+    const double size = std::abs(value);
+    return size == 0 || (size > 1e-15 && size < 1e15);
+}
+
+}  // namespace arraynorm::ARRAYNORM_ISA

@@ -1,0 +1,164 @@
+// Rows of channels that are runs of adjacent elements: group and instance norm in the order (N, C, spatial).
+//
+// One row after the other while it sits in the second-level cache: the second look at it costs no memory traffic.
+#pragma once
+
+#include "row_norm_channels.hpp"
+
+namespace arraynorm::ARRAYNORM_ISA {
+
+// -- forward --------------------------------------------------------------------------------------------------
+
+template <class T, class E>
+void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part, bool more) {
+    const int64_t first = row % call.rows.groups * call.rows.channels;
+    const T* row_x = start_of<const T>(call.rows, call.x, row);
+    const T* next = more ? start_of<const T>(call.rows, call.x, row + 1) : nullptr;
+    T* row_y = start_of<T>(call.rows, call.y, row);
+    const Mean<E> mean(call.mean[row]);
+    blocks.blocks_of(part, [&](int64_t block) {
+        blocks.visit(block, [&](int64_t run, int64_t i, int64_t length) {
+            const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
+            const Pack<E> scale(E(call.rstd[row] * value_or(call.weight, first + run, 1))),
+                shift(E(value_or(call.bias, first + run, 0)));
+            write_run(row_y + run * call.y.channel + i, length, Writing{call.streaming}, ahead,
+                      [=](int64_t j, auto count) {
+                          return fma(mean.deviation(load<E>(x + j, count)), scale, shift);
+                      });
+        });
+    });
+    if (call.streaming) finish_streaming();
+}
+
+template <class T>
+void forward_planes(const RowNormForward& call) {
+    using E = Computation<T>;
+    const Rows& rows = call.rows;
+    const Blocks blocks(rows.channels, rows.size);
+    auto tame = [&](int64_t row) {
+        const int64_t first = row % rows.groups * rows.channels;
+        for (int64_t k = first; k < first + rows.channels; ++k)
+            if (!is_tame(call.mean[row], call.rstd[row] * value_or(call.weight, k, 1))) return false;
+        return true;
+    };
+    over_sets<Moments>(
+        rows.count(), blocks.parts(), 2 * rows.elements() * sizeof(T), true, true,
+        [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
+        [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
+        [&](int64_t row, int64_t part, bool more) {
+            if (std::is_same_v<E, double> || tame(row))
+                write_planes<T, E>(call, blocks, row, part, more);
+            else
+                write_planes<T, double>(call, blocks, row, part, more);
+        });
+}
+
+// -- backward -------------------------------------------------------------------------------------------------
+
+template <class T, class E>
+Sums piece_sums(const T* dy, const T* x, double row_mean, int64_t length) {
+    const Mean<E> mean(row_mean);
+    Accumulators<E> sums;
+    sums.run(length, [&](Pack<E>& s, Pack<E>& q, int64_t j, auto count) {
+        const Pack<E> g = load<E>(dy + j, count);
+        s = s + g;
+        q = fma(g, mean.deviation(load_filled<E>(x + j, count)), q);
+    });
+    return sums.total();
+}
+
+// The blocks are those of one channel's run.
+template <class T>
+Sums channel_part_sums(
+    const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel, int64_t part) {
+    using E = Computation<T>;
+    const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
+    const double mean = call.mean[row];
+    const bool tame = std::is_same_v<E, double> || is_tame(mean, call.rstd[row]);
+    Sums total;
+    blocks.blocks_of(part, [&](int64_t block) {
+        blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
+            if (tame) {
+                const Sums sums = piece_sums<T, E>(dy + i, x + i, mean, length);
+                if (is_representable<E>(sums)) return total.add(sums);
+            }
+            total.add(piece_sums<T, double>(dy + i, x + i, mean, length));
+        });
+    });
+    return total;
+}
+
+template <class T, class E>
+void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale, const Blocks& blocks,
+                   int64_t sample, int64_t channel, int64_t part, int64_t next_sample, int64_t next_channel) {
+    const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
+    const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
+                  x_ahead = call.x.at<const T>(next_sample, next_channel) - all_x;
+    const Mean<E> mean(k.mean);
+    const Pack<E> of_dy{E(scale)}, of_deviation(E(k.of_deviation)), constant(E(k.constant));
+    blocks.blocks_of(part, [&](int64_t block) {
+        blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
+            const T *dy = all_dy + i, *x = all_x + i;
+            write_run(call.dx.at<T>(sample, channel) + i, length, Writing{call.streaming},
+                      dy_ahead ? dy + dy_ahead : nullptr, [=](int64_t j, auto count) {
+                          if (x_ahead) prefetch(x + x_ahead + j);
+                          const Pack<E> deviation = mean.deviation(load<E>(x + j, count));
+                          return fma(load<E>(dy + j, count), of_dy, fma(deviation, of_deviation, constant));
+                      });
+        });
+    });
+}
+
+template <class T>
+void backward_planes(const RowNormBackward& call) {
+    using E = Computation<T>;
+    const Rows& rows = call.rows;
+    const Blocks blocks(1, rows.size);
+    const int64_t parts = blocks.parts(), parameters = rows.parameters(), threads = num_threads();
+    const int64_t bytes = 3 * rows.elements() * sizeof(T);
+    ChannelSums sums(call);
+    // `ahead`: rows to the one that this thread does next, or 0
+    auto write = [&](int64_t sample, int64_t channel, int64_t part, int64_t ahead) {
+        const int64_t row = sample * rows.groups + channel / rows.channels;
+        const int64_t next = sample * parameters + channel + ahead * rows.channels;
+        const RowCoefficients& k = sums.coefficients(row);
+        const double scale = k.rstd * value_or(call.weight, channel, 1);
+        if (std::is_same_v<E, double> || (is_tame(k.mean, scale) && is_tame(k.constant, k.of_deviation)))
+            write_channel<T, E>(call, k, scale, blocks, sample, channel, part, next / parameters, next % parameters);
+        else
+            write_channel<T, double>(call, k, scale, blocks, sample, channel, part, next / parameters, next % parameters);
+    };
+    if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
+        const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));
+        parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
+            const int64_t end = std::min(rows.count(), (item + 1) * group);
+            for (int64_t row = item * group; row < end; ++row) {
+                const int64_t sample = row / rows.groups, first = row % rows.groups * rows.channels;
+                for (int64_t c = first; c < first + rows.channels; ++c)
+                    for (int64_t part = 0; part < parts; ++part)
+                        sums.of(sample, c).add(channel_part_sums<T>(call, blocks, row, sample, c, part));
+                sums.keep(row);
+                for (int64_t c = first; c < first + rows.channels; ++c)
+                    for (int64_t part = 0; part < parts; ++part) write(sample, c, part, row + 1 < end);
+            }
+            if (call.streaming) finish_streaming();
+        });
+    } else {
+        const int64_t runs = rows.samples * parameters;
+        std::vector<Sums> found(runs * parts);
+        parallel_for(runs * parts, bytes, [&](int64_t i) {
+            const int64_t run = i / parts;
+            found[i] = channel_part_sums<T>(
+                call, blocks, run / rows.channels, run / parameters, run % parameters, i % parts);
+        });
+        for (int64_t i = 0; i < runs * parts; ++i) sums.of(i / parts / parameters, i / parts % parameters).add(found[i]);
+        for (int64_t row = 0; row < rows.count(); ++row) sums.keep(row);
+        parallel_for(runs * parts, bytes, [&](int64_t i) {
+            write(i / parts / parameters, i / parts % parameters, i % parts, 0);
+            if (call.streaming) finish_streaming();
+        });
+    }
+    sums.keep_parameter_gradients();
+}
+
+}  // namespace arraynorm::ARRAYNORM_ISA
