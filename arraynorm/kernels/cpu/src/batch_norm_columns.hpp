@@ -33,10 +33,10 @@ struct Tiles {
     int64_t first_row(int64_t block) const { return rows * block / row_blocks; }
 };
 
-// The sums of one channel's columns, added up in order.
-template <class Sum>
-inline Sum sum_of_columns(const Sum* columns, int64_t s) {
-    Sum sum{};
+// What one channel's columns come to, added up in order.
+inline Moments of_channel(const Moments* columns, int64_t s) { return s == 1 ? *columns : merged(columns, s); }
+inline Sums of_channel(const Sums* columns, int64_t s) {
+    Sums sum;
     for (int64_t j = 0; j < s; ++j) sum.add(columns[j]);
     return sum;
 }
@@ -53,7 +53,7 @@ inline void over_tiles(const Tiles& t, int64_t bytes, bool reduces, bool writes,
             if (reduces) {
                 std::vector<Sum> sums(number * t.s);
                 reduce(0, t.rows, c * t.s, number * t.s, sums.data());
-                for (int64_t k = 0; k < number; ++k) keep(c + k, sum_of_columns(sums.data() + k * t.s, t.s));
+                for (int64_t k = 0; k < number; ++k) keep(c + k, of_channel(sums.data() + k * t.s, t.s));
             }
             if (writes) write(0, t.rows, c, number);
         });
@@ -68,7 +68,7 @@ inline void over_tiles(const Tiles& t, int64_t bytes, bool reduces, bool writes,
         parallel_for(t.channels(), t.row_blocks * t.width * sizeof(Sum), [&](int64_t c) {
             Sum sum{};
             for (int64_t block = 0; block < t.row_blocks; ++block)
-                sum.add(sum_of_columns(sums.data() + block * t.width + c * t.s, t.s));
+                sum.add(of_channel(sums.data() + block * t.width + c * t.s, t.s));
             keep(c, sum);
         });
     }

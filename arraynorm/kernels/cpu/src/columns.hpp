@@ -89,18 +89,36 @@ void add_column_moments(const T* x, int64_t distance, int64_t rows, int64_t widt
             s = s + d;
             q = fma(d, d, q);
         });
+        // all columns have had as many rows, so that what Chan's formula divides by is the same for all
+        const Moments::Weights weights(moments[0].n, double(n));
+        const double inverse = 1 / double(n);
         for (int64_t j = 0; j < width; ++j) {
             const double s = sums.first[j], q = sums.second[j];
             if (is_reliable<E>({s, q}, double(n))) {
-                moments[j].add({double(n), double(pivots[j]), s / double(n), q - s * s / double(n)});
+                moments[j].add({double(n), double(pivots[j]), s * inverse, q - s * s * inverse}, weights);
             } else {
                 auto runs = [&](auto f) {
                     for (int64_t row = 0; row < n; ++row) f(x + row * distance + j, 1);
                 };
-                moments[j].add(two_pass_moments<T>(double(n), double(to_float(x[j])), runs));
+                moments[j].add(two_pass_moments<T>(double(n), double(to_float(x[j])), runs), weights);
             }
         }
     }
+}
+
+// The moments of some columns together, which have as many rows each.
+inline Moments merged(const Moments* columns, int64_t number) {
+    const double n = columns->n, pivot = columns->pivot, inverse = 1 / double(number);
+    auto distance = [&](int64_t j) { return (columns[j].pivot - pivot) + columns[j].shift; };
+    double shift = 0, between = 0, within = 0;
+    for (int64_t j = 0; j < number; ++j) shift += distance(j);
+    shift *= inverse;
+    for (int64_t j = 0; j < number; ++j) {
+        const double d = distance(j) - shift;
+        between += d * d;
+        within += columns[j].m2;
+    }
+    return {n * double(number), pivot, shift, within + n * between};
 }
 
 // y[row * distance + j] = value(parameters(j, count), row, j, count)

@@ -6,9 +6,11 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "native.hpp"
 #include "operands.hpp"
+#include "walk.hpp"
 
 namespace arraynorm {
 namespace {
@@ -85,13 +87,14 @@ public:
             data_ = static_cast<const double*>(PyArray_DATA(array));
             return;
         }
-        copy_.resize(PyArray_SIZE(array));
-        data_ = copy_.data();
+        size_ = PyArray_SIZE(array);
+        copy_.reset(new double[size_]);
+        data_ = copy_.get();
         switch (*dtype_of(array)) {
-            case DType::float16: return fill<float16>(array);
-            case DType::bfloat16: return fill<bfloat16>(array);
-            case DType::float32: return fill<float>(array);
-            case DType::float64: return;
+            case DType::float16: fill<float16>(array); break;
+            case DType::bfloat16: fill<bfloat16>(array); break;
+            case DType::float32: fill<float>(array); break;
+            case DType::float64: break;
         }
     }
     const double* data() const { return data_; }
@@ -100,10 +103,11 @@ private:
     template <class T>
     void fill(PyArrayObject* array) {
         const T* values = static_cast<const T*>(PyArray_DATA(array));
-        for (size_t i = 0; i < copy_.size(); ++i) copy_[i] = to_float(values[i]);
+        for (npy_intp i = 0; i < size_; ++i) copy_[i] = to_float(values[i]);
     }
 
-    std::vector<double> copy_;
+    npy_intp size_ = 0;
+    std::unique_ptr<double[]> copy_;  // a vector would write zeros first
     const double* data_ = nullptr;
 };
 

@@ -12,6 +12,9 @@ using Arguments = PyObject* const*;
 // One function for each specialised kernel, with the reference's parameters; NotImplemented declines.
 extern PyMethodDef batch_norm_methods[], row_norm_methods[], quantized_batch_norm_methods[];
 
+// direct_NAME for some of them: see direct.cpp.
+extern PyMethodDef direct_methods[];
+
 // The body of a METH_FASTCALL function with a fixed number of parameters.
 template <size_t number, PyObject* (*body)(Arguments)>
 PyObject* positional(PyObject*, PyObject* const* arguments, Py_ssize_t given) {

@@ -62,17 +62,25 @@ struct Moments {
 
     double mean() const { return pivot + shift; }
 
+    // What another part of so many values weighs in the union.
+    struct Weights {
+        double total, of_delta, of_square;
+        Weights(double n, double other) : total(n + other), of_delta(other / total), of_square(n * of_delta) {}
+    };
+
     // Chan, Golub & LeVeque 1979, equation 1.5: no square of a mean is subtracted, equal constants merge to themselves.
     void add(const Moments& other) {
-        if (other.n == 0) return;
+        if (other.n != 0) add(other, Weights(n, other.n));
+    }
+    void add(const Moments& other, const Weights& weights) {
         if (n == 0) {
             *this = other;
             return;
         }
-        const double total = n + other.n, delta = (other.pivot - pivot) + (other.shift - shift);
-        shift += delta * (other.n / total);
-        m2 += other.m2 + delta * delta * (n * other.n / total);
-        n = total;
+        const double delta = (other.pivot - pivot) + (other.shift - shift);
+        shift += delta * weights.of_delta;
+        m2 += other.m2 + delta * delta * weights.of_square;
+        n = weights.total;
     }
 };
 
@@ -140,7 +148,7 @@ template <class E>
 inline bool is_reliable(Sums sums, double n) {
     const bool in_range =
         std::is_same_v<E, double> || sums.second == 0 || (sums.second > 1e-25 && sums.second < 1e30);
-    return in_range && sums.first * sums.first / n <= 0.75 * sums.second;
+    return in_range && sums.first * sums.first <= 0.75 * n * sums.second;
 }
 
 // Where sums of deviations start from: the mean of the first elements, up to eight of them. A power of two, so that the
