@@ -42,11 +42,17 @@ template <class T>
 void append(std::vector<double>& values, PyArrayObject* array) {
     const char* p = PyArray_BYTES(array);
     const npy_intp size = PyArray_SIZE(array), stride = PyArray_NDIM(array) ? PyArray_STRIDE(array, 0) : 0;
-    for (npy_intp i = 0; i < size; ++i) {
-        T value;
-        std::memcpy(&value, p + i * stride, sizeof value);
-        values[i] = double(to_float(value));
-    }
+    auto convert = [&](auto distance) {
+        for (npy_intp i = 0; i < size; ++i) {
+            T value;
+            std::memcpy(&value, p + i * distance, sizeof value);
+            values[i] = double(to_float(value));
+        }
+    };
+    if (stride == sizeof(T))
+        convert(std::integral_constant<npy_intp, sizeof(T)>{});  // eight at a time
+    else
+        convert(stride);
 }
 
 // NumPy's allocator, replaced for as long as a result is made.

@@ -82,7 +82,7 @@ void add_column_moments(const T* x, int64_t distance, int64_t rows, int64_t widt
             const int64_t count = std::min<int64_t>(lanes, width - j);
             Pack<E> sum(0);
             for (int64_t row = 0; row < first_rows; ++row) sum = sum + load<E>(x + row * distance + j, count);
-            store(pivots.data() + j, sum * Pack<E>(E(1) / E(first_rows)), count);
+            store(pivots.data() + j, representable<T>(sum * Pack<E>(E(1) / E(first_rows))), count);
         }
         sums.run(n, width, [&](Pack<E>& s, Pack<E>& q, int64_t row, int64_t j, auto count) {
             const Pack<E> d = load<E>(x + row * distance + j, count) - load<E>(pivots.data() + j, count);

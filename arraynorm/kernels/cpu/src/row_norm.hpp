@@ -66,7 +66,9 @@ struct RowCoefficients {
 
 // `sums` are those of g = dy * weight and of g * (x - mean) over the row.
 inline RowCoefficients row_coefficients(const RowNormBackward& call, int64_t row, Sums sums) {
-    const double n = double(std::max<int64_t>(call.rows.row_size(), 1)), rstd = call.rstd[row];
+    const double n = double(std::max<int64_t>(call.rows.row_size(), 1));
+    // a row of one value does not depend on it
+    const double rstd = call.mean && n == 1 ? 0 : call.rstd[row];
     const double mean_g_x_hat = sums.second * rstd / n;
     return {mean_of(call.mean, row), rstd, -rstd * rstd * mean_g_x_hat, call.mean ? -rstd * (sums.first / n) : 0};
 }

@@ -22,17 +22,17 @@ inline constexpr int64_t chunk_size = 4096;
 struct Full {};  // a whole pack, where a number of elements may stand
 
 template <class E, class T>
-inline Pack<E> load(const T* p, Full) {
+[[gnu::always_inline]] inline Pack<E> load(const T* p, Full) {
     return load<E>(p);
 }
 template <class T, class E>
-inline void store(T* p, Pack<E> a, Full) {
+[[gnu::always_inline]] inline void store(T* p, Pack<E> a, Full) {
     store(p, a);
 }
 
 // The elements past the end are copies of the first, as good or bad as the rest.
 template <class E, class T, class Count>
-inline Pack<E> load_filled(const T* p, Count count) {
+[[gnu::always_inline]] inline Pack<E> load_filled(const T* p, Count count) {
     if constexpr (std::is_same_v<Count, Full>)
         return load<E>(p);
     else
@@ -45,7 +45,7 @@ template <class E>
 struct Mean {
     Pack<E> high, low;
     explicit Mean(double mean) : high(E(mean)), low(E(mean - double(E(mean)))) {}
-    Pack<E> deviation(Pack<E> x) const {
+    [[gnu::always_inline]] Pack<E> deviation(Pack<E> x) const {
         if constexpr (std::is_same_v<E, double>)
             return x - high;
         else
@@ -167,6 +167,22 @@ inline double pivot_of(const T* x, int64_t n) {
     return sum / double(number);
 }
 
+// A pivot as T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for
+// long; from any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
+template <class T, class E>
+[[gnu::always_inline]] inline Pack<E> representable(Pack<E> pivots) {
+    T stored[lanes];
+    store(stored, pivots);
+    return load<E>(stored);
+}
+template <class T, class E>
+inline E representable(E pivot) {
+    const Pack<E> pivots = representable<T>(Pack<E>(pivot));
+    E first;
+    std::memcpy(&first, &pivots, sizeof first);
+    return first;
+}
+
 // The moments of n elements in two passes in double: about `first`, one of them, then about the mean that this gives.
 template <class T, class Runs>
 Moments two_pass_moments(double n, double first, const Runs& runs) {
@@ -191,10 +207,10 @@ inline Moments moments_of(const Runs& runs) {
         n += length;
     });
     if (n == 0) return {};
-    const double pivot = double(E(pivot_of(first, first_length)));
-    const Sums sums = sums_about<E, T>(E(pivot), runs);
+    const E pivot = representable<T>(E(pivot_of(first, first_length)));
+    const Sums sums = sums_about<E, T>(pivot, runs);
     if (!is_reliable<E>(sums, double(n))) return two_pass_moments<T>(double(n), double(to_float(*first)), runs);
-    return {double(n), pivot, sums.first / double(n), sums.second - sums.first * sums.first / double(n)};
+    return {double(n), double(pivot), sums.first / double(n), sums.second - sums.first * sums.first / double(n)};
 }
 
 // 1 / sqrt(var + eps), and 0 where that is 1/0: a set without deviation normalizes to zero.

@@ -35,60 +35,62 @@ struct Pack {
     Register part[parts];
 
     Pack() = default;
-    explicit Pack(E value) {
+    [[gnu::always_inline]] explicit Pack(E value) {
         for (auto& p : part) p = value - Register{};
     }
 };
 
-template <class E, class F>
-inline Pack<E> each(Pack<E> a, Pack<E> b, F f) {
-    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] = f(a.part[i], b.part[i]);
-    return a;
-}
+// Everything below is inlined by force: a compiler that weighs the size of its callers leaves some of it out, and a pack
+// then goes through memory on every call.
 
 template <class E>
-inline Pack<E> operator+(Pack<E> a, Pack<E> b) {
-    return each(a, b, [](auto u, auto v) { return u + v; });
+[[gnu::always_inline]] inline Pack<E> operator+(Pack<E> a, Pack<E> b) {
+    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] += b.part[i];
+    return a;
 }
 template <class E>
-inline Pack<E> operator-(Pack<E> a, Pack<E> b) {
-    return each(a, b, [](auto u, auto v) { return u - v; });
+[[gnu::always_inline]] inline Pack<E> operator-(Pack<E> a, Pack<E> b) {
+    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] -= b.part[i];
+    return a;
 }
 template <class E>
-inline Pack<E> operator*(Pack<E> a, Pack<E> b) {
-    return each(a, b, [](auto u, auto v) { return u * v; });
+[[gnu::always_inline]] inline Pack<E> operator*(Pack<E> a, Pack<E> b) {
+    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] *= b.part[i];
+    return a;
 }
 template <class E>
-inline Pack<E> operator/(Pack<E> a, Pack<E> b) {
-    return each(a, b, [](auto u, auto v) { return u / v; });
+[[gnu::always_inline]] inline Pack<E> operator/(Pack<E> a, Pack<E> b) {
+    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] /= b.part[i];
+    return a;
 }
 
 // max(a, 0), and NaN for NaN.
 template <class E>
-inline Pack<E> relu(Pack<E> a) {
-    return each(a, a, [](auto u, auto) { return u < 0 ? decltype(u){} : u; });
+[[gnu::always_inline]] inline Pack<E> relu(Pack<E> a) {
+    for (auto& p : a.part) p = p < 0 ? typename Pack<E>::Register{} : p;
+    return a;
 }
 
 #if defined(__FMA__)
-inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-inline __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+[[gnu::always_inline]] inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+[[gnu::always_inline]] inline __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #else
 template <class R>
-inline R fused(R a, R b, R c) {
+[[gnu::always_inline]] inline R fused(R a, R b, R c) {
     return a * b + c;
 }
 #endif
 
 // a * b + c, rounded once where the ISA level can.
 template <class E>
-inline Pack<E> fma(Pack<E> a, Pack<E> b, Pack<E> c) {
+[[gnu::always_inline]] inline Pack<E> fma(Pack<E> a, Pack<E> b, Pack<E> c) {
     for (int i = 0; i < Pack<E>::parts; ++i) c.part[i] = fused(a.part[i], b.part[i], c.part[i]);
     return c;
 }
 
 // The sum of the eight elements, in double, always in the same order.
 template <class E>
-inline double sum(Pack<E> a) {
+[[gnu::always_inline]] inline double sum(Pack<E> a) {
     E v[lanes];
     std::memcpy(v, &a, sizeof v);
     return ((double(v[0]) + v[4]) + (double(v[2]) + v[6])) + ((double(v[1]) + v[5]) + (double(v[3]) + v[7]));
@@ -98,7 +100,7 @@ inline double sum(Pack<E> a) {
 
 typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
 
-inline Pack<double> widened(const float* p) {
+[[gnu::always_inline]] inline Pack<double> widened(const float* p) {
     Pack<double> r;
     for (int i = 0; i < Pack<double>::parts; ++i) {
         HalfOfFloats half;
@@ -108,7 +110,7 @@ inline Pack<double> widened(const float* p) {
     return r;
 }
 
-inline Pack<float> narrowed(Pack<double> a) {
+[[gnu::always_inline]] inline Pack<float> narrowed(Pack<double> a) {
     Pack<float> r;
 #if defined(__AVX__)
     r.part[0] = _mm256_set_m128(_mm256_cvtpd_ps(a.part[1]), _mm256_cvtpd_ps(a.part[0]));
@@ -127,7 +129,7 @@ typedef uint16_t Bits16 __attribute__((vector_size(16)));
 typedef uint32_t Bits32 __attribute__((vector_size(32)));
 
 // -Wpsabi warns that such a value would be passed in another way without AVX; nothing here is passed between ISA levels.
-inline Pack<float> from_storage(const bfloat16* p) {
+[[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
     Bits16 bits;
     std::memcpy(&bits, p, sizeof bits);
     Bits32 wide = __builtin_convertvector(bits, Bits32) << 16;
@@ -137,7 +139,7 @@ inline Pack<float> from_storage(const bfloat16* p) {
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
-inline Bits16 to_bits(bfloat16, Pack<float> a) {
+[[gnu::always_inline]] inline Bits16 to_bits(bfloat16, Pack<float> a) {
     Bits32 bits;
     std::memcpy(&bits, &a, sizeof bits);
     Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -146,23 +148,23 @@ inline Bits16 to_bits(bfloat16, Pack<float> a) {
 }
 
 #if defined(__F16C__)
-inline Pack<float> from_storage(const float16* p) {
+[[gnu::always_inline]] inline Pack<float> from_storage(const float16* p) {
     Pack<float> r;
     r.part[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return r;
 }
-inline Bits16 to_bits(float16, Pack<float> a) {
+[[gnu::always_inline]] inline Bits16 to_bits(float16, Pack<float> a) {
     return reinterpret_cast<Bits16>(_mm256_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-inline Pack<float> from_storage(const float16* p) {
+[[gnu::always_inline]] inline Pack<float> from_storage(const float16* p) {
     float v[lanes];
     for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
     Pack<float> r;
     std::memcpy(&r, v, sizeof r);
     return r;
 }
-inline Bits16 to_bits(float16, Pack<float> a) {
+[[gnu::always_inline]] inline Bits16 to_bits(float16, Pack<float> a) {
     float v[lanes];
     std::memcpy(v, &a, sizeof v);
     Bits16 bits;
@@ -175,7 +177,7 @@ inline Bits16 to_bits(float16, Pack<float> a) {
 
 // Eight elements from p.
 template <class E, class T>
-inline Pack<E> load(const T* p) {
+[[gnu::always_inline]] inline Pack<E> load(const T* p) {
     if constexpr (std::is_same_v<E, T>) {
         Pack<E> r;
         std::memcpy(&r, p, sizeof r);
@@ -192,7 +194,7 @@ inline Pack<E> load(const T* p) {
 
 // The first n < 8 elements from p, then `fill`.
 template <class E, class T>
-inline Pack<E> load(const T* p, int64_t n, T fill = T{}) {
+[[gnu::always_inline]] inline Pack<E> load(const T* p, int64_t n, T fill = T{}) {
     T padded[lanes] = {fill, fill, fill, fill, fill, fill, fill, fill};
     std::memcpy(padded, p, n * sizeof(T));
     return load<E>(padded);
@@ -200,7 +202,7 @@ inline Pack<E> load(const T* p, int64_t n, T fill = T{}) {
 
 // What is stored of a pack: eight elements of T.
 template <class T, class E>
-inline auto rounded(Pack<E> a) {
+[[gnu::always_inline]] inline auto rounded(Pack<E> a) {
     if constexpr (std::is_same_v<T, E>)
         return a;
     else if constexpr (std::is_same_v<T, float>)
@@ -212,20 +214,20 @@ inline auto rounded(Pack<E> a) {
 }
 
 template <class T, class E>
-inline void store(T* p, Pack<E> a) {
+[[gnu::always_inline]] inline void store(T* p, Pack<E> a) {
     auto r = rounded<T>(a);
     std::memcpy(p, &r, sizeof r);
 }
 
 template <class T, class E>
-inline void store(T* p, Pack<E> a, int64_t n) {
+[[gnu::always_inline]] inline void store(T* p, Pack<E> a, int64_t n) {
     auto r = rounded<T>(a);
     std::memcpy(p, &r, n * sizeof(T));
 }
 
 // Bypasses the cache; p must be aligned to 32 bytes (16 for the 16-bit formats).
 template <class T, class E>
-inline void stream(T* p, Pack<E> a) {
+[[gnu::always_inline]] inline void stream(T* p, Pack<E> a) {
 #if defined(__x86_64__)
     auto r = rounded<T>(a);
     constexpr int bytes = sizeof r < register_bytes ? sizeof r : register_bytes;
@@ -250,20 +252,20 @@ inline void stream(T* p, Pack<E> a) {
 }
 
 // Streamed stores come after all that other threads may see.
-inline void finish_streaming() {
+[[gnu::always_inline]] inline void finish_streaming() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
 
 // Into the level-2 cache, for a thread that will soon read there.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // -- bits -----------------------------------------------------------------------------------------------------
 
 // Bit i is set where element i of what is stored as T is greater than 0.
 template <class T, class E>
-inline unsigned positive(Pack<E> a) {
+[[gnu::always_inline]] inline unsigned positive(Pack<E> a) {
     auto r = rounded<T>(a);
     unsigned bits = 0;
     if constexpr (sizeof(T) == 2) {
@@ -290,7 +292,7 @@ inline unsigned positive(Pack<E> a) {
 
 // Element i of a where bit i is set, else 0.
 template <class E>
-inline Pack<E> where(unsigned bits, Pack<E> a) {
+[[gnu::always_inline]] inline Pack<E> where(unsigned bits, Pack<E> a) {
     using Mask = std::conditional_t<std::is_same_v<E, float>, int32_t, int64_t>;
     typedef Mask Masks __attribute__((vector_size(register_bytes)));
     constexpr int width = Pack<E>::width;
