@@ -84,7 +84,7 @@ inline void over_tiles(const Tiles& t, int64_t bytes, bool reduces, bool writes,
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-void write_forward_columns(const BatchNormForward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
+[[gnu::flatten]] void write_forward_columns(const BatchNormForward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
     const int64_t s = call.volume.s, width = channels * s, distance = call.x.sample;
     ColumnMeans<E> means(width);
     std::vector<E> scales(width), shifts(width);
@@ -151,7 +151,7 @@ void forward_columns(const BatchNormForward& call) {
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T, class E, class Mask>
-bool add_backward_sums(
+[[gnu::flatten]] bool add_backward_sums(
     const BatchNormBackward& call, int64_t row, int64_t rows, int64_t column, int64_t width, Sums* total) {
     const int64_t s = call.volume.s, all = call.volume.c * s;
     ColumnMeans<E> means(width);
@@ -179,7 +179,7 @@ bool add_backward_sums(
 }
 
 template <class T, class E, class Mask>
-void write_backward_columns(const BatchNormBackward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
+[[gnu::flatten]] void write_backward_columns(const BatchNormBackward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
     const int64_t s = call.volume.s, width = channels * s, all = call.volume.c * s;
     const bool needs_x = call.mean_dy;
     ColumnMeans<E> means(width);

@@ -25,7 +25,7 @@ Moments part_moments(const BatchNormForward& call, const Blocks& blocks, int64_t
 }
 
 template <class T, class E>
-void write_forward(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
+[[gnu::flatten]] void write_forward(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
     const Mean<E> mean(call.mean[c]);
     const Pack<E> scale(E(forward_scale(call, c))), shift(E(call.bias ? call.bias[c] : 0));
     const Writing how{call.streaming};
@@ -71,7 +71,7 @@ void forward_planes(const BatchNormForward& call) {
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T, class E, class Mask>
-Sums block_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t block) {
+[[gnu::flatten]] Sums block_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t block) {
     const Mean<E> mean(call.mean[c]);
     Accumulators<E> sums;
     blocks.visit(block, [&](int64_t n, int64_t i, int64_t length) {
@@ -102,7 +102,7 @@ Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, i
 }
 
 template <class T, class E, class Mask>
-void write_backward(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
+[[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
     const BackwardCoefficients k = backward_coefficients(call, c);
     const bool needs_x = call.mean_dy;
     const Mean<E> mean(needs_x ? call.mean[c] : 0);
