@@ -1,7 +1,7 @@
 // Layer, RMS, group and instance norm at one ISA level: from a call to the code for its storage type and layout.
 #include "dispatch.hpp"
 #include "row_norm_columns.hpp"
-#include "row_norm_elements.hpp"
+#include "row_norm_elements_backward.hpp"
 #include "row_norm_planes.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {

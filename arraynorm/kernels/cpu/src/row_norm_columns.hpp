@@ -71,7 +71,8 @@ inline Sum sum_of_columns(const Rows& rows, const Sum* columns, int64_t begin, i
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-void write_piece(const RowNormForward& call, int64_t sample, int64_t line, int64_t lines, int64_t column, int64_t width) {
+void write_piece(
+    const RowNormForward& call, int64_t sample, int64_t line, int64_t lines, int64_t column, int64_t width) {
     const Rows& rows = call.rows;
     ColumnMeans<E> means(width);
     std::vector<E> scales(width), shifts(width);

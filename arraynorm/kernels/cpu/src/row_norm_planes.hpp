@@ -88,9 +88,11 @@ Sums channel_part_sums(
     return total;
 }
 
+// `next` is the channel, counted over all samples, that this thread does next; perhaps the same.
 template <class T, class E>
 void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale, const Blocks& blocks,
-                   int64_t sample, int64_t channel, int64_t part, int64_t next_sample, int64_t next_channel) {
+                   int64_t sample, int64_t channel, int64_t part, int64_t next) {
+    const int64_t next_sample = next / call.rows.parameters(), next_channel = next % call.rows.parameters();
     const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
     const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
                   x_ahead = call.x.at<const T>(next_sample, next_channel) - all_x;
@@ -124,9 +126,9 @@ void backward_planes(const RowNormBackward& call) {
         const RowCoefficients& k = sums.coefficients(row);
         const double scale = k.rstd * value_or(call.weight, channel, 1);
         if (std::is_same_v<E, double> || (is_tame(k.mean, scale) && is_tame(k.constant, k.of_deviation)))
-            write_channel<T, E>(call, k, scale, blocks, sample, channel, part, next / parameters, next % parameters);
+            write_channel<T, E>(call, k, scale, blocks, sample, channel, part, next);
         else
-            write_channel<T, double>(call, k, scale, blocks, sample, channel, part, next / parameters, next % parameters);
+            write_channel<T, double>(call, k, scale, blocks, sample, channel, part, next);
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
         const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));
