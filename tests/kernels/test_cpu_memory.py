@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -269,6 +272,37 @@ def test_a_limit_that_cannot_be_is_refused(nbytes, error):
     assert an.show_config(mode="dicts")["C++"]["memory limit"] == 512 * MIB
     an.set_memory_limit(2**80)
     assert an.show_config(mode="dicts")["C++"]["memory limit"] >= 2**60
+
+
+# -- nothing is left behind ------------------------------------------------------------------------------------
+
+
+@each_large
+def test_calls_leave_no_object_and_no_reference_behind(example):
+    """Whether they succeed or fail, in new memory or the caller's."""
+    arrays = to_library(NUMPY, draw(example), "float32")
+    y, cache = forward(example, arrays)
+    wide, turned, dy = NUMPY.asarray(draw_dy(example)), np.asfortranarray(y), y.copy()
+
+    def call() -> None:
+        for out in (None, np.empty_like(y), np.empty_like(turned)):
+            forward(example, arrays, out=out)
+            backward(example, wide, cache, out=out)
+            backward(example, turned, cache)
+        with contextlib.suppress(TypeError):
+            batch_norm_apply(dy[:, :, :1], arrays["weight"], "rstd", None, None, None)
+
+    given = [*arrays.values(), y, wide, turned, dy, np.dtype("float32"), np.dtype("float64")]
+    for _ in range(20):  # until caches are warm
+        call()
+    gc.collect()
+    before = [sys.getallocatedblocks(), *map(sys.getrefcount, given)]
+    rounds = 300  # Python's own caches move by some hundred objects, however many rounds
+    for _ in range(rounds):
+        call()
+    gc.collect()
+    after = [sys.getallocatedblocks(), *map(sys.getrefcount, given)]
+    assert all(b - a < rounds for a, b in zip(before, after, strict=True)), (before, after)
 
 
 # -- peaks -----------------------------------------------------------------------------------------------------
