@@ -6,6 +6,8 @@
 # make parity   compare live with torch 2.13 on the CPU
 # make violations   plant ten violations of the contract, drawn at random: each must fail exactly its tests
 # make coverage     line coverage of arraynorm/
+# make asan     the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC
+# make tsan     those of their threads under ThreadSanitizer
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
 # name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed; the
@@ -17,7 +19,7 @@ JOBS ?= 2
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint mpi fault-table parity violations coverage clean
+.PHONY: demo test lint mpi fault-table parity violations coverage asan tsan clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -53,6 +55,36 @@ violations: .venv/dev/installed
 
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
+
+# A report ends the process, and so fails the test. The sanitizers' runtime must be there before Python's first
+# allocation, and the C++ library with it, whose functions it wraps. Leaks are not looked for: Python leaves memory behind
+# when it ends, and to allow that of whatever is called from Python would allow ours; test_cpu_memory.py counts instead.
+# What resident memory is, a sanitizer changes.
+RUNTIME = $(shell for name in $(1) stdc++; do $${CXX:-g++} -print-file-name=lib$$name.so; done)
+SANITIZED = ARRAYNORM_TEST_INSTALLED=1 ARRAYNORM_REQUIRE_NATIVE=1 PYTHONMALLOC=malloc
+
+asan: .venv/asan/installed
+	cd tests && $(SANITIZED) LD_PRELOAD="$(call RUNTIME,asan ubsan)" \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    ../.venv/asan/bin/pytest -n $(JOBS) kernels -k 'not takes_the_memory'
+
+# Without address randomization, of which GCC's runtime up to 13 bears less than kernels do. No test that forks: the
+# runtime refuses threads in the child.
+tsan: .venv/tsan/installed
+	cd tests && $(SANITIZED) LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+	    setarch $$(uname -m) -R ../.venv/tsan/bin/pytest -n $(JOBS) kernels/test_cpu_threads.py kernels/test_cpu_bits.py \
+	    kernels/test_cpu_memory.py -k '(threads or every_run or another_thread) and not (fork or baseline or float64)'
+
+.venv/asan/installed: SANITIZERS = address,undefined
+.venv/tsan/installed: SANITIZERS = thread
+.venv/asan/installed .venv/tsan/installed: $(SOURCES)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	rm -rf $(@D)/wheel
+	$(@D)/bin/python $(PIP) wheel --no-deps --wheel-dir $(@D)/wheel -C cmake.define.ARRAYNORM_SANITIZE=$(SANITIZERS) \
+	    -C cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -C build-dir=$(@D)/build .
+	$(@D)/bin/python $(PIP) install --force-reinstall --no-deps $(@D)/wheel/*.whl
+	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
+	touch $@
 
 .venv/wheel/built: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import array_api_strict
 import ml_dtypes
 import numpy as np
+
+from arraynorm.kernels import cpu, only
+from arraynorm.kernels._kernel import Paths
+from compiled import LEVELS, instructions
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -20,6 +25,18 @@ class Namespace(NamedTuple):
     module: ModuleType
     dtypes: tuple[str, ...] = DTYPES
     read_only: bool = False
+    paths: Paths = "any"
+    """The kernels that may run on its arrays."""
+    level: str | None = None
+    """The C++ kernels' instructions, unless they are the best."""
+
+    def its_kernels(self) -> AbstractContextManager[Any]:
+        """For its time, no other kernels than these run."""
+        with ExitStack() as stack:
+            stack.enter_context(only(self.paths))
+            if self.level is not None:
+                stack.enter_context(instructions(self.level))
+            return stack.pop_all()
 
     def dtype(self, name: str) -> Any:
         """The library's dtype of this name."""
@@ -62,3 +79,15 @@ NAMESPACES = [NUMPY, READ_ONLY_NUMPY, STRICT]
 
 if (cupy := _cupy()) is not None:
     NAMESPACES.append(Namespace("cupy", cupy))
+
+EVERY_PATH = NAMESPACES
+"""The same, and every kernel that runs on NumPy's arrays: what is tested of numbers is tested over these."""
+
+if cpu.native is not None:
+    NUMPY_PATHS = [
+        NUMPY._replace(paths="specialised"),
+        *(NUMPY._replace(name=f"numpy, {level}", paths="specialised", level=level) for level in LEVELS[:-1]),
+        NUMPY._replace(name="numpy, reference", paths="reference"),
+        READ_ONLY_NUMPY._replace(paths="specialised"),
+    ]
+    EVERY_PATH = NUMPY_PATHS + [namespace for namespace in NAMESPACES if namespace.module is not np]

@@ -13,7 +13,7 @@ import arraynorm as an
 import oracle
 from arraynorm.kernels import Kernel, reference
 from data import Host, hard_names
-from namespaces import NAMESPACES, Namespace
+from namespaces import EVERY_PATH, Namespace
 
 
 class Example(NamedTuple):
@@ -54,9 +54,9 @@ EXAMPLES = [
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.op)
 
-_TYPES = [(xp, dtype) for xp in NAMESPACES for dtype in xp.dtypes]
+_TYPES = [(xp, dtype) for xp in EVERY_PATH for dtype in xp.dtypes]
 each_dtype = pytest.mark.parametrize(("xp", "dtype"), _TYPES, ids=[f"{xp.name}-{dtype}" for xp, dtype in _TYPES])
-"""Every dtype of every library."""
+"""Every dtype of every library, on every path."""
 
 _HARD = [(xp, dtype, name) for xp, dtype in _TYPES for name in hard_names(dtype)]
 each_hard_data = pytest.mark.parametrize(

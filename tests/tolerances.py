@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import oracle
-from arraynorm.kernels import cpu
+from arraynorm.kernels import _kernel, cpu
 from data import Host, limits
 from namespaces import to_numpy
 from norms import Example, backward, bare, exact, forward
@@ -85,7 +85,8 @@ def rounding(dtype: str) -> float:
 
 def in_float32(x: Any) -> bool:
     """Whether a kernel computes in float32 on such an x, not in float64."""
-    return cpu.native is not None and isinstance(x, np.ndarray) and dtype_name(x) in ("float16", "bfloat16")
+    compiled = cpu.native is not None and isinstance(x, np.ndarray) and _kernel._only.get() != "reference"
+    return compiled and dtype_name(x) in ("float16", "bfloat16")
 
 
 def dtype_name(array: Any) -> str:

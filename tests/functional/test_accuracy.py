@@ -9,7 +9,7 @@ import pytest
 
 import arraynorm as an
 from data import CONSTANTS, SIZES, hard, limits, spread
-from namespaces import DTYPES, NAMESPACES, NUMPY, to_numpy
+from namespaces import DTYPES, EVERY_PATH, NAMESPACES, NUMPY, to_numpy
 from norms import (
     GIVEN,
     Example,
@@ -90,7 +90,7 @@ def test_absent_parameters_and_addends_are_ones_and_zeros(xp, example: Example, 
         check(example, to_library(xp, arrays, "float32"), xp.asarray(draw_dy(example), "float32"))
 
 
-_MIXED = [(xp, x, given) for xp in NAMESPACES for x in xp.dtypes for given in xp.dtypes if x != given]
+_MIXED = [(xp, x, given) for xp in EVERY_PATH for x in xp.dtypes for given in xp.dtypes if x != given]
 
 
 @each_example

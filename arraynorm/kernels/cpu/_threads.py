@@ -21,4 +21,4 @@ def default_threads(environment: Mapping[str, str]) -> int:
     everything = os.cpu_count() or 1
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
     ranks = next((int(n) for name in _LOCAL_RANKS if (n := environment.get(name, "")).isdecimal()), 1)
-    return max(1, mine // ranks) if mine == everything else mine
+    return max(1, mine // max(1, ranks)) if mine == everything else mine

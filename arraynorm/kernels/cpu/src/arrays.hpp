@@ -12,7 +12,9 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include <chrono>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -59,7 +61,15 @@ public:
     explicit WithoutGIL(int64_t elements) : state_(elements >= 8192 ? PyEval_SaveThread() : nullptr) {}
     WithoutGIL(const WithoutGIL&) = delete;
     ~WithoutGIL() {
-        if (state_) PyEval_RestoreThread(state_);
+        if (!state_) return;
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            // A daemon thread, while the interpreter ends. Before 3.14 Python exits it here, which unwinds the stack: out of
+            // a destructor that is the end of the process, and further up references would be given back without the
+            // lock. So it waits for that end, as Python itself makes it do from 3.14 on.
+            for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+        }
     }
 
 private:
