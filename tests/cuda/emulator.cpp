@@ -45,7 +45,6 @@ struct Lane { Index thread, block; void* dynamic; };  // as in emulator.h
 extern "C" { Lane* emulated_lane; Index emulated_grid, emulated_block; }
 
 namespace {
-
 enum State : uint8_t { READY, AT_BLOCK_BARRIER, AT_WARP_FUNCTION, DONE };
 
 struct Warp {
@@ -223,7 +222,6 @@ void run(uint64_t seed, std::mt19937_64& random) {  // until all resident thread
     if (!moved && !skipped && left && error.empty()) describe_deadlock();
   }
 }
-
 }  // namespace
 
 extern "C" void emulated_block_barrier(unsigned line) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -14,10 +15,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-BUILT = Path(
-    os.environ.get("ARRAYNORM_EMULATOR_CACHE", HERE.parents[1] / "build" / "emulator")
-)  # by hash of all inputs
-FLAGS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Wno-unknown-pragmas".split()
+BUILT = Path(os.environ.get("ARRAYNORM_EMULATOR_CACHE", HERE.parents[1] / "build/emulator"))  # by hash of all inputs
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 
 class EmulatedError(RuntimeError):
@@ -33,14 +32,15 @@ class Module:
         code = f'#include "emulator.h"\n#line 1 "kernels"\n{source}\n{exports}'
         inputs = (code, (HERE / "emulator.cpp").read_text(), (HERE / "emulator.h").read_text(), *FLAGS, *flags)
         self.library = BUILT / f"{hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]}.so"
-        if not self.library.exists():
-            BUILT.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with open(self.library.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=BUILT) as folder:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait
+            if not self.library.exists():
                 Path(folder, "kernels.cpp").write_text(code)
                 _compile("-c", HERE / "emulator.cpp", "-o", f"{folder}/scheduler.o")  # never instrumented
                 objects = (f"{folder}/kernels.cpp", f"{folder}/scheduler.o", "-o", f"{folder}/library.so")
                 _compile(*flags, "-I", HERE, "-shared", *objects)
-                os.replace(f"{folder}/library.so", self.library)  # whole or not at all, whoever else builds it
+                os.replace(f"{folder}/library.so", self.library)  # whole or not at all
         self._handle = ctypes.CDLL(str(self.library))
 
     def kernel(self, name: str) -> Kernel:
