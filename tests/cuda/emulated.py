@@ -16,7 +16,7 @@ from arraynorm.kernels.cuda._instances import Instance, instances
 from cuda import emulator
 from norms import kernels
 
-SMALL = _loader.Device(processors=3, shared_bytes=24 << 10)
+SMALL = _loader.Device(processors=3, shared_bytes=32 << 10)
 """So few and so small that plans for small arrays cut units into parts, leave the chip, and walk grids by strides."""
 
 LARGE = _loader.Device(processors=132, shared_bytes=227 << 10)
