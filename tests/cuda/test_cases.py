@@ -167,6 +167,8 @@ def test_packs_are_as_wide_as_address_strides_and_sizes_allow(dtype):
             assert _plan.slab_width(layout, 1) == max(fitting)
     gap = Layout(dtype, (1, 3, 5, 16), ((0, 81, 16, 1), None, None, None), 16)
     assert _plan.slab_width(gap, 1) == 1, "runs that begin between packs"
+    two = Layout(dtype, (3, 1, 4, 2), ((8, 0, 2, 1), None, None, None), 16)
+    assert _plan.slab_width(two, 4) <= 2, "a pack over two channels has two weights"
 
 
 # -- sources ---------------------------------------------------------------------------------------------------
@@ -195,6 +197,14 @@ def test_a_source_is_whole_and_says_where_each_line_comes_from(file):
     for name, lines in found.items():
         for number, text in enumerate((FOLDER / name).read_text().splitlines(), 1):
             assert lines.get(number, "") == ("" if text.startswith(('#include "', "#pragma once")) else text)
+
+
+def test_a_comment_does_not_change_what_the_records_are_about(monkeypatch):
+    before = _loader.source_hash()
+    whole = _loader.source.__wrapped__
+    for added, same in (("// a remark\n", True), ("int more;\n", False)):
+        monkeypatch.setattr(_loader, "source", lambda file, added=added: added + whole(file))
+        assert (_loader.source_hash() == before) == same
 
 
 def test_kernel_files_are_short():

@@ -36,20 +36,25 @@ def test_every_template_is_run_in_each_dtype(dtype):
     assert launched == {one for one in instances() if arguments(one) in kinds}
 
 
+def quantized(dtype: str, shape: tuple[int, ...], relu: bool):
+    """Arguments, options and function of a quantized norm."""
+    rng = np.random.default_rng(0)
+    limits = np.iinfo(dtype)
+    xq = rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+    parameters = rng.uniform(0.5, 2, (4, shape[1])).astype(np.float32)
+    options = {"x_scale": 0.05, "x_zero_point": 3, "y_scale": 0.02, "y_zero_point": 7}
+    return (xq, *parameters), options, an.quantized_batch_norm_relu if relu else an.quantized_batch_norm
+
+
 QUANTIZED = [("uint8", (3, 4, 32)), ("int8", (19, 32)), ("uint8", (19, 7)), ("int8", (3, 5, 31))]
 
 
 @pytest.mark.parametrize(("dtype", "shape"), QUANTIZED, ids=str)
-@pytest.mark.parametrize("function", [an.quantized_batch_norm, an.quantized_batch_norm_relu])
-def test_quantized_levels_are_those_of_the_reference(dtype, shape, function):
-    rng = np.random.default_rng(0)
-    limits = np.iinfo(dtype)
-    xq = rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
-    mean, var, weight, bias = rng.uniform(0.5, 2, (4, shape[1])).astype(np.float32)
-    given = (xq, mean, var, weight, bias)
-    options = {"x_scale": 0.05, "x_zero_point": 3, "y_scale": 0.02, "y_zero_point": 7}
+@pytest.mark.parametrize("relu", [False, True])
+def test_quantized_levels_are_those_of_the_reference(dtype, shape, relu):
+    given, options, function = quantized(dtype, shape, relu)
     expected = function(*given, **options)
     with emulated(SMALL):
         actual = function(*given, **options)
-    assert actual.dtype == xq.dtype
+    assert actual.dtype == given[0].dtype
     np.testing.assert_array_equal(actual, expected)

@@ -7,6 +7,7 @@ the instance's name and the compiler; an instance takes about a third of a secon
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -47,6 +48,18 @@ class Plan(NamedTuple):
 def source(file: str) -> str:
     """The file with its includes in place, so that CuPy's cache sees all of it; errors point at the real lines."""
     return _inlined(file, set())
+
+
+def code(file: str) -> str:
+    """The source without comments, line markers and blank lines: what decides what is compiled."""
+    lines = (re.sub(r"\s*//.*", "", line) for line in source(file).splitlines() if not line.startswith("#line"))
+    return "\n".join(line for line in lines if line)
+
+
+def source_hash() -> str:
+    """Of the code of all the CUDA sources, and the options: what a record of a check or a measurement is about."""
+    files = sorted({one.source for one in instances()})
+    return hashlib.sha256(repr((OPTIONS, [code(file) for file in files])).encode()).hexdigest()[:16]
 
 
 def _inlined(file: str, seen: set[str]) -> str:

@@ -261,12 +261,14 @@ def _unit(layout: Layout, channels: int) -> int:
 
 
 def slab_width(layout: Layout, unit: int) -> int:
-    """The widest pack that divides the runs (unit, B), where these are contiguous, and that every address allows."""
+    """The widest pack of a unit's runs: within one channel, or, where that is one element, over adjacent channels."""
     after = layout.shape[3]
     steps = [step for step in layout.strides if step is not None]
-    contiguous = all((after == 1 or b == 1) and (unit == 1 or c == after) for _, _, c, b in steps)
-    apart = [(n, a, c * unit) for n, a, c, _ in steps]  # from run to run
-    return _widest(layout, unit * after if contiguous else 1, apart)
+    if after > 1:
+        run = after if all(b == 1 for *_, b in steps) else 1
+        return _widest(layout, run, [(n, a, c) for n, a, c, _ in steps])
+    run = unit if all(c == 1 for _, _, c, _ in steps) else 1
+    return _widest(layout, run, [(n, a, c * unit) for n, a, c, _ in steps])
 
 
 def _column_width(layout: Layout) -> int:

@@ -32,7 +32,7 @@ __device__ __forceinline__ int64 quotient(int64 a, int64 b) {  // of nonnegative
 }
 
 // Every `step`-th pack of V from `first` to `last` of a unit: a run of U * B elements for each of A, one run after the
-// other. V > 1 needs runs that are contiguous, aligned, and multiples of V.
+// other. V > 1 needs packs that are contiguous, aligned, and of one channel, or of adjacent ones where B is 1.
 template <int V>
 struct Walk {
   int64 pack, last, step;  // in packs
