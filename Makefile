@@ -4,6 +4,8 @@
 # make parity   compare live with torch 2.13 on the CPU
 # make violations   plant ten violations of the contract, drawn at random: each must fail exactly its tests
 # make coverage     line coverage of arraynorm/
+# make cuda-check   every CUDA kernel in the emulator, and compiled by NVRTC for every architecture: needs no GPU
+# make gpu          on a machine with a GPU: the suite on CuPy, compute-sanitizer, the benchmark; a JSON record
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
 # name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed.
@@ -14,7 +16,7 @@ JOBS ?= 2
 SOURCES := $(shell find arraynorm -type f ! -name '*.pyc')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint parity violations coverage clean
+.PHONY: demo test lint parity violations coverage cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -39,6 +41,14 @@ violations: .venv/dev/installed
 
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
+
+# What was compiled or run before, from the same sources, is reused, and said to be.
+cuda-check: .venv/cuda-check/installed
+	cd tests && ../.venv/cuda-check/bin/python -m cuda.check --jobs $(JOBS)
+
+# torch comes with CUDA from PyPI on Linux; without it the benchmark has our columns alone.
+gpu: .venv/gpu/installed
+	.venv/gpu/bin/python benchmarks/gpu.py
 
 .venv/%/installed: pyproject.toml $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'
