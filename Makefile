@@ -8,6 +8,8 @@
 # make coverage     line coverage of arraynorm/
 # make asan     the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC
 # make tsan     those of their threads under ThreadSanitizer
+# make cuda-check   every CUDA kernel in the emulator, and compiled by NVRTC for every architecture: needs no GPU
+# make gpu          on a machine with a GPU: the suite on CuPy, compute-sanitizer, the benchmark; a JSON record
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
 # name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed; the
@@ -19,7 +21,7 @@ JOBS ?= 2
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint mpi fault-table parity violations coverage asan tsan clean
+.PHONY: demo test lint mpi fault-table parity violations coverage asan tsan cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -85,6 +87,14 @@ tsan: .venv/tsan/installed
 	$(@D)/bin/python $(PIP) install --force-reinstall --no-deps $(@D)/wheel/*.whl
 	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
 	touch $@
+
+# What was compiled or run before, from the same sources, is reused, and said to be.
+cuda-check: .venv/cuda-check/installed
+	cd tests && ../.venv/cuda-check/bin/python -m cuda.check --jobs $(JOBS)
+
+# torch comes with CUDA from PyPI on Linux; without it the benchmark has our columns alone.
+gpu: .venv/gpu/installed
+	.venv/gpu/bin/python benchmarks/gpu.py
 
 .venv/wheel/built: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'

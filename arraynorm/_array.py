@@ -267,7 +267,7 @@ def may_overlap(a: Array, b: Array) -> bool:
 
 def is_same_memory(a: Array, b: Array) -> bool:
     """Whether two NumPy or CuPy arrays are element by element the same memory."""
-    return (_pointer(a), a.dtype, _steps(a)) == (_pointer(b), b.dtype, _steps(b))
+    return (pointer(a), a.dtype, _steps(a)) == (pointer(b), b.dtype, _steps(b))
 
 
 def _steps(array: Array) -> list[tuple[int, int]]:
@@ -275,7 +275,7 @@ def _steps(array: Array) -> list[tuple[int, int]]:
     return [(n, s if n > 1 else 0) for n, s in zip(array.shape, array.strides, strict=True)]
 
 
-def _pointer(array: Array) -> int:
+def pointer(array: Array) -> int:
     return cast(int, array.data.ptr if library(array) == "cupy" else array.ctypes.data)
 
 

@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Paths = Literal["any", "reference", "specialised"]
 
-BACKENDS: dict[str, str] = {"numpy": "arraynorm.kernels.cpu"}
+BACKENDS: dict[str, str] = {"numpy": "arraynorm.kernels.cpu", "cupy": "arraynorm.kernels.cuda"}
 """Array library -> the module that registers its specialisations, imported at the library's first kernel call."""
 
 _log = logging.getLogger("arraynorm.kernels")
