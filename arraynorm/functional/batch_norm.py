@@ -128,7 +128,7 @@ def batch_norm_forward(
 
     Notes
     -----
-    Statistics are computed in float64, in two passes about a pivot, and stay in float64 in the cache: a constant
+    Statistics are summed about a pivot, never as E[x^2] - E[x]^2, and stay in float64 in the cache: a constant
     channel gives y == bias at any magnitude, where torch 2.13 on the CPU is off by 0.083 at 1e4 + 0.3 in float32.
     An empty x (no samples) gives an empty y. Squares are those of float64: deviations beyond 1e154 make y NaN, and
     with eps = 0 those below 1e-154 lose digits, until from 1e-162 they count as none.
