@@ -18,12 +18,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 import ml_dtypes
-from cuda_device import copy_bandwidth, cupy_with_a_device, description, interleaved
 
 import arraynorm as an
 from arraynorm import _array
 from arraynorm.kernels import only
 from arraynorm.kernels.cuda import _loader, _plan, _steps
+from cuda_device import copy_bandwidth, cupy_with_a_device, description, interleaved
 
 
 class Case(NamedTuple):
