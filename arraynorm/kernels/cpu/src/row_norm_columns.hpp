@@ -1,5 +1,5 @@
-// Rows that are some columns of a sample's matrix: group and instance norm with channels last, or with spatial dimensions
-// on both sides of the channels.
+// Rows that are some columns of a sample's matrix: group and instance norm with channels last, or with spatial
+// dimensions on both sides of the channels.
 #pragma once
 
 #include "columns.hpp"
