@@ -73,7 +73,8 @@ def run_tests(violation: Violation | None) -> Outcomes:
             plant(violation, copy)
         report = Path(folder) / "outcomes.json"
         path = os.pathsep.join((folder, str(TESTS), os.environ.get("PYTHONPATH", "")))
-        environment = {**os.environ, "PYTHONPATH": path, "ARRAYNORM_OUTCOMES": str(report)}
+        # the violations are of the Python sources, which the compiled kernels would take the place of
+        environment = {**os.environ, "PYTHONPATH": path, "ARRAYNORM_OUTCOMES": str(report), "ARRAYNORM_PURE": "1"}
         # -P, for the working directory may hold the package itself
         options = ["-P", "-m", "pytest", "-q", "--tb=no", "--capture=no", "-m", "behaviour and not parity"]
         plugins = ["-p", "outcomes", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "xdist"))]
