@@ -90,7 +90,7 @@ tsan: .venv/tsan/installed
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	rm -rf $(@D)/wheel
 	$(@D)/bin/python $(PIP) wheel --no-deps --wheel-dir $(@D)/wheel -C cmake.define.ARRAYNORM_SANITIZE=$(SANITIZERS) \
-	    -C cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -C build-dir=$(@D)/build .
+	    -C cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -C install.strip=false -C build-dir=$(@D)/build .
 	$(@D)/bin/python $(PIP) install --force-reinstall --no-deps $(@D)/wheel/*.whl
 	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
 	touch $@
