@@ -40,7 +40,7 @@ class Figures(NamedTuple):
         """Spills, local memory, or more registers than its largest block leaves to a thread."""
         source = _loader.source(instance.source)
         template = instance.name.partition("<")[0]
-        threads = int(re.search(rf"__launch_bounds__\((\d+)\)\n{template}\(", source)[1])  # type: ignore[index]
+        threads = int(re.search(rf"__launch_bounds__\((\d+), 1\)\s+{template}\(", source)[1])  # type: ignore[index]
         ceiling = min(255, REGISTERS // threads)
         if self.stack or self.spill_stores or self.spill_loads:
             return f"{self.stack} bytes of stack, {self.spill_stores} and {self.spill_loads} bytes of spills"

@@ -136,12 +136,14 @@ def test_a_race_within_a_block_is_found():
     assert "ThreadSanitizer: data race" in done.stderr
 
 
+@pytest.mark.cuda_check
 def test_a_race_between_blocks_is_found():
     done = run("thread", SCRIPT, planted("  y[i] +=", "  y[0] = 1;\n  y[i] +="), *FLAGS["thread"])
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr
 
 
+@pytest.mark.cuda_check
 def test_a_shuffle_orders_no_memory():
     """As on the GPU: only barriers and fences do."""
     source = planted("  __syncthreads();\n", "  if (__shfl_xor_sync(0xffffffffu, 1, 1)) {}\n")

@@ -25,7 +25,9 @@ GEOMETRY = np.dtype(
 """struct Geometry of geometry.cuh."""
 
 SCRATCH_BYTES = 64 * 8  # of shared memory, for the sums of a block
-MOST_THREADS = 512  # __launch_bounds__ of slab and row kernels: 128 registers a thread
+# __launch_bounds__ of slab and row kernels: 128 registers a thread. Its second number, 1, keeps ptxas from spilling
+# for the sake of more blocks at once.
+MOST_THREADS = 512
 COLUMN_THREADS = 256  # of column kernels, which hold the constants of V channels in registers
 PACKS_EACH = 4  # packs that a thread takes before a block grows
 WAVES = 4  # blocks for each processor, of kernels that cut units into parts

@@ -12,7 +12,7 @@
 // Backward of batch norm (N = 1) and instance norm where a channel of a sample fits on the chip (K = U = 1): one team
 // to each; it reads dy and x once. dx as in formulas.cuh.
 template <class T, int V>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 slab_backward(const T* dy,         // (N, A, C, B)
               const T* x,          // as dy
               const double* mean,  // (N, C)

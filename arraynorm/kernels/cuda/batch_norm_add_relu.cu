@@ -11,7 +11,7 @@
 
 // y = max(x_hat * weight + bias + addend, 0), an element to a thread, in C order of (A, C, B): any strides, any sizes.
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 flat_apply_add_relu(const T* x,           // (1, A, C, B)
                     const T* addend,      // as x, or null; strides g.dy
                     const double* mean,   // (C,)

@@ -37,7 +37,7 @@ struct Job {
 
 // Mean and m2 of every (sample, group).
 template <class T, int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 column_moments(const T* x,         // (N, A, C, B)
                double* partial,    // (2, N, parts, C)
                unsigned* arrived,  // one zero per job; null where a job is one block
@@ -88,7 +88,7 @@ column_moments(const T* x,         // (N, A, C, B)
 
 // Sums of dy and of dy * x_hat for every channel of every sample, and for every group of g = dy * weight.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 column_products(const T* dy,                // (N, A, C, B)
                 const unsigned char* mask,  // of y > 0, if RELU (N = 1)
                 const T* x,                 // (N, A, C, B)
@@ -135,7 +135,7 @@ column_products(const T* dy,                // (N, A, C, B)
 
 // y = x_hat * weight + bias, or max of that + addend and 0. With RELU, N = B = 1 and C is a multiple of 8.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 column_apply(const T* x,           // (N, A, C, B)
              const T* addend,      // as x, or null; strides g.dy
              const double* mean,   // (N, C / K)
@@ -175,7 +175,7 @@ column_apply(const T* x,           // (N, A, C, B)
 
 // dx, and daddend = dy where y > 0. Blocks from g.blocks on sum the partial products over samples and parts.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 column_dx(const T* dy,                // (N, A, C, B)
           const unsigned char* mask,  // of y > 0, if RELU
           const T* x,                 // as dy; null for given statistics

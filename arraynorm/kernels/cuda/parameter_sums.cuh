@@ -28,7 +28,7 @@ __device__ __forceinline__ void sum_columns(const double* matrices, int64 rows, 
   }
 }
 
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 parameter_sums(const double* matrices,  // two (rows, columns)
                int64 rows, int64 columns, int64 pitch, int64 apart,
                double* out) {  // (2, columns)

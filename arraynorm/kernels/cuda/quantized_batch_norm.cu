@@ -40,7 +40,7 @@ __device__ __forceinline__ void requantize(const T* from, T* to, const Quantizat
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 slab_requantize(const T* x,       // (1, A, C, B)
                 const double* a,  // (C,)
                 const double* b,  // (C,)
@@ -57,7 +57,7 @@ slab_requantize(const T* x,       // (1, A, C, B)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 column_requantize(const T* x,       // (1, A, C, B)
                   const double* a,  // (C,)
                   const double* b,  // (C,)

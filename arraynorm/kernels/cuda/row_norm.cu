@@ -58,7 +58,7 @@ struct RowStatistics<false> {  // mean of squares; infinite only where x is
 };
 
 template <class T, int V, bool CENTERED>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 row_forward(const T* x,           // (N, A, C, B)
             T* y,                 // as x, perhaps x itself
             const void* weight,   // (C,) or null
@@ -147,7 +147,7 @@ struct Row {  // the two visits of a row that is `end` packs long, or 0 packs
 // dx, and this block's share of the parameters' gradients. A thread's columns are the same in every row, so that it
 // sums them on its own; the teams' sums are added in order. The number of blocks depends on the shape.
 template <class T, int V, bool CENTERED>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 row_backward(const T* dy,          // (rows, K)
              const T* x,           // (rows, K)
              const double* mean,   // (rows,), not read for RMS norm
@@ -211,7 +211,7 @@ row_backward(const T* dy,          // (rows, K)
 
 // Rows too long for row_backward's sums: first the two means of each row, then dx by columns.
 template <class T, int V, bool CENTERED>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 long_row_means(const T* dy,         // (rows, K)
                const T* x,          // (rows, K)
                const double* mean,  // (rows,), not read for RMS norm
@@ -246,7 +246,7 @@ long_row_means(const T* dy,         // (rows, K)
 }
 
 template <class T, int V, bool CENTERED>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 long_row_dx(const T* dy,          // (rows, K)
             const T* x,           // (rows, K)
             const double* mean,   // (rows,), not read for RMS norm

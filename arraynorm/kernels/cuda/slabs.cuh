@@ -5,7 +5,7 @@
 
 // Mean and m2 of every (sample, group); U = K.
 template <class T, int V>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 slab_moments(const T* x,         // (N, A, C, B)
              double* partial,    // (2, N, parts, C / K)
              unsigned* arrived,  // (N, C / K) zeros; null for one part
@@ -49,7 +49,7 @@ struct Products {  // a thread's sums of dy and dy * (x - mean)
 
 // Sums of dy and of dy * x_hat for every channel of every sample (U = 1), and for every group of g = dy * weight.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 slab_products(const T* dy,                // (N, A, C, B)
               const unsigned char* mask,  // of y > 0, if RELU (N = 1)
               const T* x,                 // (N, A, C, B)
@@ -86,7 +86,7 @@ slab_products(const T* dy,                // (N, A, C, B)
 
 // y = x_hat * weight + bias, or max of that + addend and 0. With RELU, N = 1 and runs are multiples of 8.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 slab_apply(const T* x,           // (N, A, C, B)
            const T* addend,      // as x, or null; strides g.dy
            const double* mean,   // (N, C / K)
@@ -122,7 +122,7 @@ slab_apply(const T* x,           // (N, A, C, B)
 
 // dx, and daddend = dy where y > 0. Blocks from g.blocks on sum the partial products over samples and parts.
 template <class T, int V, bool RELU>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
 slab_dx(const T* dy,                // (N, A, C, B)
         const unsigned char* mask,  // of y > 0, if RELU
         const T* x,                 // as dy; null for given statistics
