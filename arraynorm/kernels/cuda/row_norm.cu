@@ -246,7 +246,7 @@ long_row_means(const T* dy,         // (rows, K)
 }
 
 template <class T, int V, bool CENTERED>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(128, 1)
 long_row_dx(const T* dy,          // (rows, K)
             const T* x,           // (rows, K)
             const double* mean,   // (rows,), not read for RMS norm
