@@ -150,14 +150,14 @@ void forward_columns(const BatchNormForward& call) {
 
 // -- backward -------------------------------------------------------------------------------------------------
 
-template <class T, class E, class Mask>
-[[gnu::flatten]] bool add_backward_sums(
+template <class T, class Mask>
+[[gnu::flatten]] void add_backward_sums(
     const BatchNormBackward& call, int64_t row, int64_t rows, int64_t column, int64_t width, Sums* total) {
+    using E = Summation;
     const int64_t s = call.volume.s, all = call.volume.c * s;
     ColumnMeans<E> means(width);
     for (int64_t j = 0; j < width; ++j) means.set(j, call.mean[(column + j) / s]);
     ColumnSums<E> sums(width);
-    std::vector<Sums> found(width);
     constexpr int64_t chunk = rows_per_chunk<E>;
     for (int64_t begin = row; begin < row + rows; begin += chunk) {
         const T *dy = call.dy.at<const T>(begin, 0) + column, *x = call.x.at<const T>(begin, 0) + column;
@@ -168,14 +168,8 @@ template <class T, class E, class Mask>
                      a = a + g;
                      b = fma(g, means.at(j, count).deviation(load_filled<E>(x + r * call.x.sample + j, count)), b);
                  });
-        for (int64_t j = 0; j < width; ++j) {
-            const Sums more{double(sums.first[j]), double(sums.second[j])};
-            if (!is_representable<E>(more)) return false;
-            found[j].add(more);
-        }
+        for (int64_t j = 0; j < width; ++j) total[j].add({sums.first[j], sums.second[j]});
     }
-    for (int64_t j = 0; j < width; ++j) total[j].add(found[j]);
-    return true;
 }
 
 template <class T, class E, class Mask>
@@ -218,8 +212,7 @@ void backward_columns(const BatchNormBackward& call) {
     over_tiles<Sums>(
         Tiles::of<T>(call.volume), 3 * call.volume.size() * sizeof(T), call.reduces, call.writes,
         [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Sums* sums) {
-            if (!add_backward_sums<T, E, Mask>(call, row, rows, column, columns, sums))
-                add_backward_sums<T, double, Mask>(call, row, rows, column, columns, sums);
+            add_backward_sums<T, Mask>(call, row, rows, column, columns, sums);
         },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](int64_t row, int64_t rows, int64_t c, int64_t channels) {

@@ -88,7 +88,7 @@ template <class T, class E, class Mask>
 
 template <class T, class Mask>
 Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    using E = Computation<T>;
+    using E = Summation;
     const bool tame = std::is_same_v<E, double> || is_tame(call.mean[c], call.rstd[c]);
     Sums total;
     blocks.blocks_of(part, [&](int64_t block) {

@@ -72,7 +72,7 @@ struct ColumnSums {
 // In one pass about the mean of the first rows; a column for which that lies far from the rest is looked at again.
 template <class T>
 [[gnu::flatten]] void add_column_moments(const T* x, int64_t distance, int64_t rows, int64_t width, Moments* moments) {
-    using E = Computation<T>;
+    using E = Summation;
     ColumnSums<E> sums(width);
     std::vector<E> pivots(width);
     constexpr int64_t chunk = rows_per_chunk<E>;

@@ -14,11 +14,7 @@ namespace arraynorm::ARRAYNORM_ISA {
 // For RMS norm, moments about zero: the sum of squares, infinite where it is beyond double.
 template <class T, class Runs>
 inline Moments squares_of(const Runs& runs) {
-    using E = Computation<T>;
-    double squares = sums_about<E, T>(E(0), runs).second;
-    if (!std::is_same_v<E, double> && !(squares > 1e-25 && squares < 1e30))
-        squares = sums_about<double, T>(0, runs).second;
-    return {1, 0, 0, squares};
+    return {1, 0, 0, sums_about<Summation, T>(0, runs).second};
 }
 
 // The first element of row (sample, group).

@@ -133,16 +133,15 @@ void forward_columns(const RowNormForward& call) {
 
 // -- backward -------------------------------------------------------------------------------------------------
 
-// Returns whether E can hold the sums; else they are not added.
-template <class T, class E>
-bool add_piece_sums(const RowNormBackward& call, int64_t sample, int64_t line, int64_t lines, int64_t column,
+template <class T>
+void add_piece_sums(const RowNormBackward& call, int64_t sample, int64_t line, int64_t lines, int64_t column,
                     int64_t width, Sums* total) {
+    using E = Summation;
     const Rows& rows = call.rows;
     ColumnMeans<E> means(width);
     for (int64_t j = 0; j < width; ++j)
         means.set(j, call.mean[sample * rows.groups + (column + j) / rows.size / rows.channels]);
     ColumnSums<E> sums(width);
-    std::vector<Sums> found(width);
     constexpr int64_t chunk = rows_per_chunk<E>;
     for (int64_t begin = line; begin < line + lines; begin += chunk) {
         const T *dy = call.dy.at<const T>(sample, begin) + column, *x = call.x.at<const T>(sample, begin) + column;
@@ -152,14 +151,8 @@ bool add_piece_sums(const RowNormBackward& call, int64_t sample, int64_t line, i
                      a = a + g;
                      b = fma(g, means.at(j, count).deviation(load_filled<E>(x + r * call.x.channel + j, count)), b);
                  });
-        for (int64_t j = 0; j < width; ++j) {
-            const Sums more{double(sums.first[j]), double(sums.second[j])};
-            if (!is_representable<E>(more)) return false;
-            found[j].add(more);
-        }
+        for (int64_t j = 0; j < width; ++j) total[j].add({sums.first[j], sums.second[j]});
     }
-    for (int64_t j = 0; j < width; ++j) total[j].add(found[j]);
-    return true;
 }
 
 template <class T, class E>
@@ -202,8 +195,7 @@ void backward_columns(const RowNormBackward& call) {
         rows, 3 * rows.elements() * sizeof(T),
         [&](int64_t sample, int64_t line, int64_t lines, Sums* columns) {
             matrix.pieces([&](int64_t j, int64_t width) {
-                if (!add_piece_sums<T, E>(call, sample, line, lines, j, width, columns + j))
-                    add_piece_sums<T, double>(call, sample, line, lines, j, width, columns + j);
+                add_piece_sums<T>(call, sample, line, lines, j, width, columns + j);
             });
         },
         [&](int64_t sample, const Sums* columns) {

@@ -41,7 +41,7 @@ inline bool is_tame_run(const T* dy, int64_t n) {
 
 template <class T>
 struct ElementsBackward {
-    using E = Computation<T>;
+    using E = Summation;  // of dx too, which comes with the parameters' gradients in one sweep
     const RowNormBackward& call;
     const Rows& rows;
     Blocks blocks;

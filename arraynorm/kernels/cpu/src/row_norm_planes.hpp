@@ -71,7 +71,7 @@ Sums piece_sums(const T* dy, const T* x, double row_mean, int64_t length) {
 template <class T>
 Sums channel_part_sums(
     const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel, int64_t part) {
-    using E = Computation<T>;
+    using E = Summation;
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
     const double mean = call.mean[row];
     const bool tame = std::is_same_v<E, double> || is_tame(mean, call.rstd[row]);

@@ -10,10 +10,13 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-// The type that elements of T are computed in. Sixteen-bit formats have so few digits that float's errors don't show in
-// a result; float32 results are right to half an ulp only from double.
+// The type that results in T are computed in. Sixteen-bit formats have so few digits that float's errors don't show in
+// one; float32 results are right to half an ulp only from double.
 template <class T>
 using Computation = std::conditional_t<sizeof(T) == 2, float, double>;
+
+// The type of sums: what they make, statistics, buffers and parameters' gradients, is in float32 at least.
+using Summation = double;
 
 // Elements between two additions to a double: 4096 are 8 KiB of float16 to 32 KiB of double, so that a second look at
 // them, where it is needed, hits the first-level cache.
@@ -199,7 +202,7 @@ Moments two_pass_moments(double n, double first, const Runs& runs) {
 // rest. Equal elements deviate by exactly zero at any magnitude.
 template <class T, class Runs>
 inline Moments moments_of(const Runs& runs) {
-    using E = Computation<T>;
+    using E = Summation;
     const T* first = nullptr;
     int64_t n = 0, first_length = 0;
     runs([&](const T* run, int64_t length) {
