@@ -8,8 +8,8 @@ since the mean is rounded to float64, and every deviation from it carries that e
 normalized together, the scale is max|x_hat| * |weight| + |bias| + |addend| for y, and max|dy * weight * rstd| *
 max|x_hat| for dx, where x_hat enters twice. A sum (dweight, dbias) is measured by the sum of its absolute terms.
 
-The C++ kernels compute float16 and bfloat16 in float32, whose C * eps32 * scale comes on top; without the condition
-number, for there a mean is a pair of float32.
+The C++ kernels compute y and dx of float16 and bfloat16 in float32, whose C * eps32 * scale comes on top; without the
+condition number, for there a mean is a pair of float32. Sums and statistics are in float64 everywhere.
 """
 
 from __future__ import annotations
@@ -105,21 +105,21 @@ class _Bounds:
             )
         )
         condition = np.ones_like(rstd) if norm.given else 1 + mean * rstd
-        relative = C * (EPS64 * condition + EPS32 * single)
-        error = relative * np.maximum(1, _peak(x_hat))  # of any x_hat of the set, and of dy * x_hat
+        elementwise = C * (EPS64 * condition + EPS32 * single)
+        largest = np.maximum(1, _peak(x_hat))  # of any x_hat of the set, and of dy * x_hat
         underflow = C * TINY64 * rstd * weight
 
         def spread(table: Host) -> Host:
             return norm.unroll(np.broadcast_to(table, norm.x.shape))
 
-        self.y = spread(relative * (_peak(x_hat) * weight + bias + addend) + underflow)
-        self.dx = spread(error * _peak(g * weight * rstd) + underflow)
-        self.dweight = _per_parameter(norm, error * g)
-        self.dbias = _per_parameter(norm, C * (EPS64 + EPS32 * single) * g)
-        self.mean = C * EPS64 * _peak(x) + C * EPS32 * single * _peak(np.abs(oracle.narrow(norm.x - norm.mean)))
+        self.y = spread(elementwise * (_peak(x_hat) * weight + bias + addend) + underflow)
+        self.dx = spread(elementwise * largest * _peak(g * weight * rstd) + underflow)
+        self.dweight = _per_parameter(norm, C * EPS64 * condition * largest * g)
+        self.dbias = _per_parameter(norm, C * EPS64 * g)
+        self.mean = C * EPS64 * _peak(x)
         # a sum of n squares takes n roundings, of random sign, where NumPy cannot add in pairs
-        self.var = C * (EPS64 + EPS32 * single) * var * np.sqrt(x.shape[1])
-        self.rstd = C * (EPS64 + EPS32 * single) * rstd * np.sqrt(x.shape[1])
+        self.var = C * EPS64 * var * np.sqrt(x.shape[1])
+        self.rstd = C * EPS64 * rstd * np.sqrt(x.shape[1])
 
 
 def _peak(table: Host) -> Host:
