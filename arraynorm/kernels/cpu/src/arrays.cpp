@@ -1,13 +1,12 @@
 #include "arrays.hpp"
 
+#include <algorithm>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <string_view>
 
 #include "memory.hpp"
-
-#if !defined(_WIN32)
-#include <unistd.h>
-#endif
 
 namespace arraynorm {
 
@@ -58,11 +57,15 @@ void append(std::vector<double>& values, PyArrayObject* array) {
 // NumPy's allocator, replaced for as long as a result is made.
 class OurMemory {
 public:
-    explicit OurMemory(npy_intp bytes) {
-        if (bytes >= 4096) previous_ = Ref::checked(PyDataMem_SetHandler(memory_handler()));
+    OurMemory(npy_intp bytes, const std::vector<const void*>& read_beside) {
+        if (bytes < 4096) return;
+        previous_ = Ref::checked(PyDataMem_SetHandler(memory_handler()));
+        set_read_beside(&read_beside);
     }
     ~OurMemory() {
-        if (previous_) Py_XDECREF(PyDataMem_SetHandler(previous_.get()));
+        if (!previous_) return;
+        set_read_beside(nullptr);
+        Py_XDECREF(PyDataMem_SetHandler(previous_.get()));
     }
 
 private:
@@ -94,8 +97,8 @@ Ref new_array(std::initializer_list<npy_intp> shape, int type_number) {
 
 Ref new_zeros(npy_intp size, int type_number) { return Ref::checked(PyArray_ZEROS(1, &size, type_number, 0)); }
 
-Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr) {
-    const OurMemory ours(PyArray_SIZE(prototype) * PyDataType_ELSIZE(descr));
+Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, const std::vector<const void*>& read_beside) {
+    const OurMemory ours(PyArray_SIZE(prototype) * PyDataType_ELSIZE(descr), read_beside);
     Py_INCREF(descr);
     return Ref::checked(PyArray_NewLikeArray(prototype, NPY_KEEPORDER, descr, 0));
 }
@@ -107,7 +110,7 @@ Ref new_vector(npy_intp size, double*& data) {
 }
 
 Ref copied_like(PyArrayObject* prototype, PyArrayObject* source, PyArray_Descr* descr) {
-    Ref copy = new_like(prototype, descr);
+    Ref copy = new_like(prototype, descr, {PyArray_DATA(source)});
     copy_into(copy.array(), source);
     return copy;
 }
@@ -116,15 +119,25 @@ void copy_into(PyArrayObject* target, PyArrayObject* source) {
     if (PyArray_CopyInto(target, source) < 0) throw PythonError{};
 }
 
-bool exceeds_cache(int64_t bytes) {
-    static const int64_t cache = [] {
+namespace {
+
+// From Linux itself: glibc's sysconf multiplies, on some machines, by the caches of processors that are not there.
+int64_t last_level_cache() {
+    int64_t largest = 0;
+    for (int index = 0; index < 8; ++index) {
+        std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
         int64_t size = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-        return size > 0 ? size : int64_t(32) << 20;
-    }();
-    return bytes > cache;
+        char unit = 0;
+        if (file >> size >> unit) largest = std::max(largest, size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0));
+    }
+    return largest ? largest : int64_t(32) << 20;
+}
+
+}  // namespace
+
+bool exceeds_cache(int64_t bytes) {
+    static const int64_t cache = last_level_cache();
+    return bytes > cache / 4;
 }
 
 PyObject* not_implemented() {

@@ -91,14 +91,17 @@ inline const double* data_or_null(const std::vector<double>& values, PyArrayObje
 // New arrays, aligned to cache lines and recycled by the pool where they are large.
 Ref new_array(std::initializer_list<npy_intp> shape, int type_number);
 Ref new_zeros(npy_intp size, int type_number);
-Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr);  // in its order of strides
+// In the prototype's order of strides; to be written while `read_beside` are read.
+Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, const std::vector<const void*>& read_beside);
 Ref new_vector(npy_intp size, double*& data);                  // float64
 
 // Copies with a cast.
 Ref copied_like(PyArrayObject* prototype, PyArrayObject* source, PyArray_Descr* descr);
 void copy_into(PyArrayObject* target, PyArrayObject* source);
 
-// Whether results should bypass the cache: input and output together exceed the last level.
+// Whether results should bypass the cache: input and output together exceed a quarter of the last level. With more than that
+// a store most often waits for the memory that it replaces: other programs, and what the caller does in between, have their
+// shares of the cache too.
 bool exceeds_cache(int64_t bytes);
 
 PyObject* not_implemented();

@@ -158,7 +158,7 @@ PyObject* batch_norm_forward(Arguments a) {
         call.volume = channels.volume;
         call.eps = plain_epsilon(a[4]);
         call.x = channels.tensor(x);
-        Ref y = new_like(x, PyArray_DESCR(x));
+        Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
         call.y = channels.tensor(y.array());
         call.weight = weights.data();
         call.bias = biases.data();
@@ -193,7 +193,7 @@ PyObject* batch_norm_backward(Arguments a) {
         call.weight = weights.data();
         call.mean = plain_statistic(a[4], c);
         call.rstd = plain_statistic(a[5], c);
-        Ref dx = new_like(x, PyArray_DESCR(x));
+        Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});
         call.dx = channels.tensor(dx.array());
         call.dbias = dbias.data(), call.dweight = dweight.data();
         call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
@@ -247,7 +247,7 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     else
         call.eps = plain_epsilon(eps);
     call.x = matrix.tensor(x);
-    Ref y = new_like(x, PyArray_DESCR(x));
+    Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
     call.y = matrix.tensor(y.array());
     call.weight = weights.data();
     call.bias = biases.data();
@@ -280,7 +280,7 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
     call.weight = weights.data();
     if (mean) call.mean = plain_statistic(mean, matrix.rows.samples);
     call.rstd = plain_statistic(rstd, matrix.rows.samples);
-    Ref dx = new_like(x, PyArray_DESCR(x));
+    Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});
     call.dx = matrix.tensor(dx.array());
     call.dweight = dweight.data(), call.dbias = dbias.data();
     call.streaming = exceeds_cache(3 * PyArray_NBYTES(x));

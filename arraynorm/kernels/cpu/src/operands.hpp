@@ -29,6 +29,7 @@ public:
         dtype = *own;
         for (PyArrayObject* input : inputs) {
             if (!input) continue;
+            beside_.push_back(PyArray_DATA(input));
             const std::optional<DType> other = dtype_of(input);
             if (!other) throw Declined{};
             if (*other != dtype) {  // double holds any two of them
@@ -75,6 +76,7 @@ public:
         } else {
             o.written = spare_ ? std::move(spare_) : empty_like();
             spare_ = Ref();
+            beside_.push_back(PyArray_DATA(o.written.array()));
             tensor = way_.tensor(o.written.array());
         }
         outputs_.push_back(std::move(o));
@@ -102,7 +104,7 @@ private:
         return reinterpret_cast<PyArray_Descr*>(descr_.get());
     }
     Ref empty_like() const {
-        return new_like(prototype_.array(), reinterpret_cast<PyArray_Descr*>(descr_.get()));
+        return new_like(prototype_.array(), reinterpret_cast<PyArray_Descr*>(descr_.get()), beside_);
     }
     Tensor read(PyArrayObject* input, bool is_x) {
         if (is_x && x_is_copy_) return *way_.tensor(prototype_.array());
@@ -117,6 +119,7 @@ private:
     Way way_{};
     PyArray_Descr* result_descr_;
     Ref descr_, prototype_, spare_;
+    std::vector<const void*> beside_;  // the data of all arrays of x's shape
     bool x_is_copy_ = false;
     std::vector<Ref> copies_;
     std::vector<Tensor> tensors_;

@@ -14,11 +14,11 @@ PyObject* run(Arguments a, bool with_relu) {
     // the array that decides on the walk: x or, where its strides allow none that a new array has too, a copy
     Ref source = Ref::borrowed(a[0]), y;
     std::optional<Walked> walked = Walked::of(x, false);
-    if (walked) y = new_like(x, PyArray_DESCR(x));
+    if (walked) y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
     if (!walked || !walked->tensor(y.array())) {
         source = Ref::checked(PyArray_NewCopy(x, NPY_CORDER));
         walked = Walked::of(source.array(), false);
-        y = new_like(source.array(), PyArray_DESCR(x));
+        y = new_like(source.array(), PyArray_DESCR(x), {PyArray_DATA(source.array())});
     }
     const bool in_place = out && PyArray_TYPE(out) == type && walked->tensor(out);
     if (in_place) y = Ref::borrowed(a[7]);
