@@ -8,8 +8,10 @@ since the mean is rounded to float64, and every deviation from it carries that e
 normalized together, the scale is max|x_hat| * |weight| + |bias| + |addend| for y, and max|dy * weight * rstd| *
 max|x_hat| for dx, where x_hat enters twice. A sum (dweight, dbias) is measured by the sum of its absolute terms.
 
-The C++ kernels compute y and dx of float16 and bfloat16 in float32, whose C * eps32 * scale comes on top; without the
-condition number, for there a mean is a pair of float32. Sums and statistics are in float64 everywhere.
+The C++ kernels compute on float16, bfloat16 and float32 in float32, whose C * eps32 * scale comes on top; without the
+condition number, for what a mean loses by being rounded is made up for in float64. Sums are added up in float32 eight terms
+at a time and from there on in float64: C * eps32 of the sum of the terms' absolute values covers those seven additions, and
+a mean's terms are deviations from one of the values.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def rounding(dtype: str) -> float:
 def in_float32(x: Any) -> bool:
     """Whether a kernel computes in float32 on such an x, not in float64."""
     compiled = cpu.native is not None and isinstance(x, np.ndarray) and _kernel._only.get() != "reference"
-    return compiled and dtype_name(x) in ("float16", "bfloat16")
+    return compiled and dtype_name(x) in ("float16", "bfloat16", "float32")
 
 
 def dtype_name(array: Any) -> str:
@@ -105,7 +107,8 @@ class _Bounds:
             )
         )
         condition = np.ones_like(rstd) if norm.given else 1 + mean * rstd
-        elementwise = C * (EPS64 * condition + EPS32 * single)
+        in_single = C * EPS32 * single
+        elementwise = C * EPS64 * condition + in_single
         largest = np.maximum(1, _peak(x_hat))  # of any x_hat of the set, and of dy * x_hat
         underflow = C * TINY64 * rstd * weight
 
@@ -114,12 +117,13 @@ class _Bounds:
 
         self.y = spread(elementwise * (_peak(x_hat) * weight + bias + addend) + underflow)
         self.dx = spread(elementwise * largest * _peak(g * weight * rstd) + underflow)
-        self.dweight = _per_parameter(norm, C * EPS64 * condition * largest * g)
-        self.dbias = _per_parameter(norm, C * EPS64 * g)
-        self.mean = C * EPS64 * _peak(x)
+        self.dweight = _per_parameter(norm, elementwise * largest * g)
+        self.dbias = _per_parameter(norm, (C * EPS64 + in_single) * g)
+        self.mean = C * EPS64 * _peak(x) + in_single * _peak(x_hat) * np.sqrt(var)
         # a sum of n squares takes n roundings, of random sign, where NumPy cannot add in pairs
-        self.var = C * EPS64 * var * np.sqrt(x.shape[1])
-        self.rstd = C * EPS64 * rstd * np.sqrt(x.shape[1])
+        of_squares = C * EPS64 * np.sqrt(x.shape[1]) + in_single
+        self.var = of_squares * var
+        self.rstd = of_squares * rstd
 
 
 def _peak(table: Host) -> Host:

@@ -26,10 +26,15 @@ inline BackwardCoefficients backward_coefficients(const BatchNormBackward& call,
     return {of_dy, -of_dy * call.rstd[c] * call.mean_dy_x_hat[c], -of_dy * call.mean_dy[c]};
 }
 
-// Whether a channel's dx can be computed in float.
+// Whether a channel's y can be computed in E, and its dx.
+template <class E>
+inline bool is_tame(const BatchNormForward& call, int64_t c) {
+    return is_tame<E>(call.mean[c], forward_scale(call, c));
+}
+template <class E>
 inline bool is_tame(const BatchNormBackward& call, int64_t c) {
     const BackwardCoefficients k = backward_coefficients(call, c);
-    return is_tame(call.mean_dy ? call.mean[c] : 0, k.of_dy) && is_tame(k.constant, k.of_deviation);
+    return is_tame<E>(call.mean_dy ? call.mean[c] : 0, k.of_dy) && is_tame<E>(k.constant, k.of_deviation);
 }
 
 inline void keep_statistics(const BatchNormForward& call, int64_t c, const Moments& moments) {

@@ -8,17 +8,27 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
+// Some rows of some channels, as the code below walks them: `repeat` rows of memory may stand side by side in one.
+struct Tile {
+    int64_t row, rows;  // as walked; the first is that of memory
+    int64_t first, channels, s, repeat;
+
+    int64_t all() const { return channels * repeat; }
+    int64_t width() const { return all() * s; }
+    int64_t channel(int64_t c) const { return first + c % channels; }
+};
+
 // How the matrix of a volume is cut: by channels where a few of them fit the second-level cache with all their rows, and
 // are then looked at twice for the price of once; else by rows.
 struct Tiles {
-    int64_t rows, width, s;       // of the matrix; columns per channel
+    int64_t rows, channels, s;
     int64_t channels_per_tile = 0;  // 0: cut by rows
     int64_t row_blocks = 1;
 
     template <class T>
     static Tiles of(const Volume& v) {
-        Tiles t{v.n, v.c * v.s, v.s};
-        const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, t.width);
+        Tiles t{v.n, v.c, v.s};
+        const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s);
         const int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
         if (columns >= 64 || columns >= row)
             // eight channels, so that a tile begins with a byte of the mask
@@ -28,201 +38,191 @@ struct Tiles {
         return t;
     }
 
-    int64_t channels() const { return width / std::max<int64_t>(1, s); }
-    int64_t tiles() const { return (channels() + channels_per_tile - 1) / channels_per_tile; }
+    int64_t tiles() const { return (channels + channels_per_tile - 1) / channels_per_tile; }
     int64_t first_row(int64_t block) const { return rows * block / row_blocks; }
+
+    // visit(tile) for some rows of some channels; `adjacent` where the rows of all arrays that it goes through lie side by side
+    template <class Visit>
+    void visit(int64_t row, int64_t number, int64_t first, int64_t some, bool adjacent, Visit f) const {
+        const int64_t repeat = rows_as_one(adjacent && some == channels, number, some * s), whole = number / repeat;
+        f(Tile{row, whole, first, some, s, repeat});
+        if (whole * repeat < number) f(Tile{row + whole * repeat, number - whole * repeat, first, some, s, 1});
+    }
 };
 
-// What one channel's columns come to, added up in order.
-inline Moments of_channel(const Moments* columns, int64_t s) { return s == 1 ? *columns : merged(columns, s); }
-inline Sums of_channel(const Sums* columns, int64_t s) {
-    Sums sum;
-    for (int64_t j = 0; j < s; ++j) sum.add(columns[j]);
-    return sum;
-}
-
-// Reduces all columns, keeps the sums of every channel, and then writes.
+// Reduces all channels, keeps their sums, and then writes.
 //
-// reduce(first row, rows, first column, columns, sums) adds to the sums of columns; keep(c, sum); write(first row, rows,
-// first channel, channels).
+// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile). What is `read` and what is `written` are
+// arrays in the shape of x; how sums are cut must not depend on where results go.
 template <class Sum, class Reduce, class Keep, class Write>
-inline void over_tiles(const Tiles& t, int64_t bytes, bool reduces, bool writes, Reduce reduce, Keep keep, Write write) {
-    if (t.channels_per_tile) {
+inline void over_tiles(const Volume& v, const Tiles& t, int64_t bytes, std::initializer_list<Tensor> read,
+                       std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Keep keep, Write write) {
+    const auto is_adjacent = [&](const Tensor& tensor) { return !tensor || tensor.sample == v.c * v.s; };
+    const bool reads_adjacent = std::all_of(read.begin(), read.end(), is_adjacent);
+    const bool adjacent = reads_adjacent && std::all_of(written.begin(), written.end(), is_adjacent);
+    if (t.channels_per_tile && reduces) {
         parallel_for(t.tiles(), bytes, [&](int64_t tile) {
-            const int64_t c = tile * t.channels_per_tile, number = std::min(t.channels_per_tile, t.channels() - c);
-            if (reduces) {
-                std::vector<Sum> sums(number * t.s);
-                reduce(0, t.rows, c * t.s, number * t.s, sums.data());
-                for (int64_t k = 0; k < number; ++k) keep(c + k, of_channel(sums.data() + k * t.s, t.s));
-            }
-            if (writes) write(0, t.rows, c, number);
+            const int64_t c = tile * t.channels_per_tile, number = std::min(t.channels_per_tile, t.channels - c);
+            std::vector<Sum> sums(number);
+            t.visit(0, t.rows, c, number, reads_adjacent, [&](const Tile& some) { reduce(some, sums.data()); });
+            for (int64_t k = 0; k < number; ++k) keep(c + k, sums[k]);
+            if (writes) t.visit(0, t.rows, c, number, adjacent, write);
         });
         return;
     }
     if (reduces) {
-        std::vector<Sum> sums(t.row_blocks * t.width);
+        std::vector<Sum> sums(t.row_blocks * t.channels);
         parallel_for(t.row_blocks, bytes, [&](int64_t block) {
             const int64_t row = t.first_row(block);
-            reduce(row, t.first_row(block + 1) - row, 0, t.width, sums.data() + block * t.width);
+            t.visit(row, t.first_row(block + 1) - row, 0, t.channels, reads_adjacent,
+                    [&](const Tile& some) { reduce(some, sums.data() + block * t.channels); });
         });
-        parallel_for(t.channels(), t.row_blocks * t.width * sizeof(Sum), [&](int64_t c) {
+        for (int64_t c = 0; c < t.channels; ++c) {
             Sum sum{};
-            for (int64_t block = 0; block < t.row_blocks; ++block)
-                sum.add(of_channel(sums.data() + block * t.width + c * t.s, t.s));
+            for (int64_t block = 0; block < t.row_blocks; ++block) sum.add(sums[block * t.channels + c]);
             keep(c, sum);
-        });
+        }
     }
     if (writes) {
         // more and smaller items than for the sums, for nothing is added up
-        const int64_t rows = std::max<int64_t>(rows_at_once, 64 * 1024 / std::max<int64_t>(1, t.width));
-        parallel_for((t.rows + rows - 1) / rows, bytes, [&](int64_t i) {
-            write(i * rows, std::min(rows, t.rows - i * rows), 0, t.channels());
+        const int64_t rows = std::max<int64_t>(4, 64 * 1024 / std::max<int64_t>(1, t.channels * t.s));
+        const int64_t items = (t.rows + rows - 1) / rows;
+        parallel_for(items, bytes, [&](int64_t item) {
+            const int64_t i = items - 1 - item;  // the last rows are still in the cache
+            t.visit(i * rows, std::min(rows, t.rows - i * rows), 0, t.channels, adjacent, write);
         });
     }
+}
+
+// Whether E will do for all channels of a tile.
+template <class E, class Call>
+inline bool is_tame(const Call& call, const Tile& tile) {
+    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
+        if (!is_tame<E>(call, c)) return false;
+    return true;
+}
+
+// The values of the tile's columns, of(channel) for each.
+template <class E, int number, class Of>
+inline ColumnValues<E, number> values_of(const Tile& tile, Of of) {
+    ColumnValues<E, number> values(tile.width());
+    for (int64_t c = 0; c < tile.all(); ++c) {
+        const std::array<double, number> channel = of(tile.channel(c));
+        for (int64_t j = c * tile.s; j < (c + 1) * tile.s; ++j) values.set(j, channel);
+    }
+    return values;
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-[[gnu::flatten]] void write_forward_columns(const BatchNormForward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    const int64_t s = call.volume.s, width = channels * s, distance = call.x.sample;
-    ColumnMeans<E> means(width);
-    std::vector<E> scales(width), shifts(width);
-    for (int64_t j = 0; j < width; ++j) {
-        const int64_t channel = c + j / s;
-        means.set(j, call.mean[channel]);
-        scales[j] = E(forward_scale(call, channel));
-        shifts[j] = E(call.bias ? call.bias[channel] : 0);
+[[gnu::flatten]] void write_forward(const BatchNormForward& call, const Tile& tile) {
+    const int64_t distance = call.x.sample * tile.repeat, of_y = call.y.sample * tile.repeat,
+                  of_addend = call.addend.sample * tile.repeat;
+    const auto values = values_of<E, 3>(tile, [&](int64_t c) -> std::array<double, 3> {
+        const Mean<E> mean(call.mean[c]);
+        const double scale = forward_scale(call, c);
+        return {double(mean.rounded), scale, mean.constant(scale, call.bias ? call.bias[c] : 0)};
+    });
+    const T *x = call.x.at<const T>(tile.row, tile.first),
+            *addend = call.addend ? call.addend.at<const T>(tile.row, tile.first) : nullptr;
+    T* y = call.y.at<T>(tile.row, tile.first);
+    auto affine = [=](const auto& v, int64_t r, int64_t j, auto count) {
+        return fma(load<E>(x + r * distance + j, count) - v[0], v[1], v[2]);
+    };
+    if (!call.mask) {
+        write_columns(y, of_y, tile.rows, tile.width(), call.streaming, values, affine);
+    } else {
+        const int64_t all = call.volume.c * tile.s, bit = tile.row * all + tile.first * tile.s;
+        uint8_t* bytes = all % 8 == 0 ? call.mask + bit / 8 : nullptr;
+        write_columns(y, of_y, tile.rows, tile.width(), call.streaming, values,
+                      [=](const auto& v, int64_t r, int64_t j, auto count) {
+                          Pack<E> result = affine(v, r, j, count);
+                          if (addend) result = result + load<E>(addend + r * of_addend + j, count);
+                          if (bytes) bytes[(r * tile.repeat * all + j) / 8] = uint8_t(positive<T>(result));
+                          return relu(result);
+                      });
+        if (!bytes)  // rows that share bytes
+            for (int64_t r = 0; r < tile.rows; ++r) {
+                MaskWriter mask(call.mask, bit + r * tile.repeat * all);
+                const T* out = y + r * of_y;
+                for (int64_t j = 0; j < tile.width(); j += lanes) {
+                    const int64_t count = std::min<int64_t>(lanes, tile.width() - j);
+                    mask.put(positive<T>(load<Computation<T>>(out + j, count)), count);
+                }
+            }
     }
-    struct Map {
-        Mean<E> mean;
-        Pack<E> scale, shift;
-    };
-    auto parameters = [&](int64_t j, auto count) {
-        return Map{means.at(j, count), load<E>(scales.data() + j, count), load<E>(shifts.data() + j, count)};
-    };
-    const T *x = call.x.at<const T>(row, c), *addend = call.addend ? call.addend.at<const T>(row, c) : nullptr;
-    T* y = call.y.at<T>(row, c);
-    const int64_t all = call.volume.c * s, bit = row * all + c * s;
-    uint8_t* bytes = call.mask && all % 8 == 0 ? call.mask + bit / 8 : nullptr;
-    write_columns(y, call.y.sample, rows, width, call.streaming, parameters,
-                  [&](const Map& map, int64_t r, int64_t j, auto count) {
-                      Pack<E> v = fma(map.mean.deviation(load<E>(x + r * distance + j, count)), map.scale, map.shift);
-                      if (!call.mask) return v;
-                      if (addend) v = v + load<E>(addend + r * call.addend.sample + j, count);
-                      v = relu(v);
-                      if (bytes) bytes[(r * all + j) / 8] = uint8_t(positive<T>(v));
-                      return v;
-                  });
     if (call.streaming) finish_streaming();
-    if (!call.mask || bytes) return;
-    for (int64_t r = 0; r < rows; ++r) {  // rows that share bytes
-        MaskWriter mask(call.mask, bit + r * all);
-        const T* out = y + r * call.y.sample;
-        for (int64_t j = 0; j < width; j += lanes) {
-            const int64_t count = std::min<int64_t>(lanes, width - j);
-            mask.put(positive<T>(load<Computation<T>>(out + j, count)), count);
-        }
-    }
 }
 
 template <class T>
 void forward_columns(const BatchNormForward& call) {
-    using E = Computation<T>;
-    const Tiles tiles = Tiles::of<T>(call.volume);
+    const Volume& v = call.volume;
     over_tiles<Moments>(
-        tiles, 2 * call.volume.size() * sizeof(T), call.takes_statistics, call.writes,
-        [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Moments* moments) {
-            const T* x = call.x.at<const T>(row, 0) + column;
-            add_column_moments(x, call.x.sample, rows, columns, moments);
+        v, Tiles::of<T>(v), 2 * v.size() * sizeof(T), {call.x}, {call.addend, call.y}, call.takes_statistics, call.writes,
+        [&](const Tile& tile, Moments* moments) {
+            channel_moments(call.x.at<const T>(tile.row, tile.first), call.x.sample * tile.repeat, tile.rows, tile.all(), tile.s,
+                            [&](int64_t c, const Moments& found) { moments[c % tile.channels].add(found); });
         },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
-        [&](int64_t row, int64_t rows, int64_t c, int64_t channels) {
-            bool tame = true;
-            if (!std::is_same_v<E, double>)
-                for (int64_t k = c; k < c + channels; ++k) tame = tame && is_tame(call.mean[k], forward_scale(call, k));
-            if (tame)
-                write_forward_columns<T, E>(call, row, rows, c, channels);
-            else
-                write_forward_columns<T, double>(call, row, rows, c, channels);
+        [&](const Tile& tile) {
+            computed<T>(is_tame<Computation<T>>(call, tile), [&](auto e) { write_forward<T, decltype(e)>(call, tile); });
         });
 }
 
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T, class Mask>
-[[gnu::flatten]] void add_backward_sums(
-    const BatchNormBackward& call, int64_t row, int64_t rows, int64_t column, int64_t width, Sums* total) {
-    using E = Summation;
-    const int64_t s = call.volume.s, all = call.volume.c * s;
-    ColumnMeans<E> means(width);
-    for (int64_t j = 0; j < width; ++j) means.set(j, call.mean[(column + j) / s]);
-    ColumnSums<E> sums(width);
-    constexpr int64_t chunk = rows_per_chunk<E>;
-    for (int64_t begin = row; begin < row + rows; begin += chunk) {
-        const T *dy = call.dy.at<const T>(begin, 0) + column, *x = call.x.at<const T>(begin, 0) + column;
-        const Mask mask(call.mask, begin * all + column);
-        sums.run(std::min(chunk, row + rows - begin), width,
-                 [&](Pack<E>& a, Pack<E>& b, int64_t r, int64_t j, auto count) {
-                     const Pack<E> g = mask.gate(r * all + j, load<E>(dy + r * call.dy.sample + j, count), count);
-                     a = a + g;
-                     b = fma(g, means.at(j, count).deviation(load_filled<E>(x + r * call.x.sample + j, count)), b);
-                 });
-        for (int64_t j = 0; j < width; ++j) total[j].add({sums.first[j], sums.second[j]});
-    }
+void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* total) {
+    const int64_t all = call.volume.c * tile.s * tile.repeat, of_dy = call.dy.sample * tile.repeat;
+    const T *dy = call.dy.at<const T>(tile.row, tile.first), *x = call.x.at<const T>(tile.row, tile.first);
+    const Mask mask(call.mask, (tile.row * call.volume.c + tile.first) * tile.s);
+    bool tame = true;
+    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
+        tame = tame && is_tame<Computation<T>>(call.mean[c], call.rstd[c]);
+    channel_sums(
+        x, call.x.sample * tile.repeat, tile.rows, tile.all(), tile.s, tame,
+        [&](int64_t c) { return call.mean[tile.channel(c)]; },
+        [=](int64_t row, int64_t j, auto count, auto e) __attribute__((always_inline)) {
+            fetch_row(dy + (row + group_size) * of_dy + j);
+            return mask.gate(row * all + j, load<decltype(e)>(dy + row * of_dy + j, count), count);
+        },
+        [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
 }
 
 template <class T, class E, class Mask>
-[[gnu::flatten]] void write_backward_columns(const BatchNormBackward& call, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    const int64_t s = call.volume.s, width = channels * s, all = call.volume.c * s;
+[[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Tile& tile) {
+    const int64_t all = call.volume.c * tile.s * tile.repeat;
+    const int64_t of_dy = call.dy.sample * tile.repeat, of_x = call.x.sample * tile.repeat,
+                  of_dx = call.dx.sample * tile.repeat, of_daddend = call.daddend.sample * tile.repeat;
     const bool needs_x = call.mean_dy;
-    ColumnMeans<E> means(width);
-    std::vector<E> of_dy(width), of_deviation(width), constant(width);
-    for (int64_t j = 0; j < width; ++j) {
-        const int64_t channel = c + j / s;
-        const BackwardCoefficients k = backward_coefficients(call, channel);
-        means.set(j, needs_x ? call.mean[channel] : 0);
-        of_dy[j] = E(k.of_dy), of_deviation[j] = E(k.of_deviation), constant[j] = E(k.constant);
-    }
-    struct Map {
-        Mean<E> mean;
-        Pack<E> of_dy, of_deviation, constant;
-    };
-    auto parameters = [&](int64_t j, auto count) {
-        return Map{means.at(j, count), load<E>(of_dy.data() + j, count), load<E>(of_deviation.data() + j, count),
-                   load<E>(constant.data() + j, count)};
-    };
-    const T *dy = call.dy.at<const T>(row, c), *x = call.x.at<const T>(row, c);
-    T* daddend = call.daddend ? call.daddend.at<T>(row, c) : nullptr;
-    const Mask mask(call.mask, row * all + c * s);
-    write_columns(call.dx.at<T>(row, c), call.dx.sample, rows, width, call.streaming, parameters,
-                  [&](const Map& map, int64_t r, int64_t j, auto count) {
-                      const Pack<E> g = mask.gate(r * all + j, load<E>(dy + r * call.dy.sample + j, count), count);
-                      if (daddend) store(daddend + r * call.daddend.sample + j, g, count);
-                      if (!needs_x) return g * map.of_dy;
-                      const Pack<E> deviation = map.mean.deviation(load<E>(x + r * call.x.sample + j, count));
-                      return fma(g, map.of_dy, fma(deviation, map.of_deviation, map.constant));
+    const auto values = values_of<E, 4>(tile, [&](int64_t c) -> std::array<double, 4> {
+        const BackwardCoefficients k = backward_coefficients(call, c);
+        const Mean<E> mean(needs_x ? call.mean[c] : 0);
+        return {double(mean.rounded), k.of_dy, k.of_deviation, mean.constant(k.of_deviation, k.constant)};
+    });
+    const T *dy = call.dy.at<const T>(tile.row, tile.first), *x = call.x.at<const T>(tile.row, tile.first);
+    T* daddend = call.daddend ? call.daddend.at<T>(tile.row, tile.first) : nullptr;
+    const Mask mask(call.mask, (tile.row * call.volume.c + tile.first) * tile.s);
+    write_columns(call.dx.at<T>(tile.row, tile.first), of_dx, tile.rows, tile.width(), call.streaming, values,
+                  [=](const auto& v, int64_t r, int64_t j, auto count) {
+                      const Pack<E> g = mask.gate(r * all + j, load<E>(dy + r * of_dy + j, count), count);
+                      if (daddend) store(daddend + r * of_daddend + j, g, count);
+                      if (!needs_x) return g * v[1];
+                      return fma(g, v[1], fma(load<E>(x + r * of_x + j, count) - v[0], v[2], v[3]));
                   });
     if (call.streaming) finish_streaming();
 }
 
 template <class T, class Mask>
 void backward_columns(const BatchNormBackward& call) {
-    using E = Computation<T>;
+    const Volume& v = call.volume;
     over_tiles<Sums>(
-        Tiles::of<T>(call.volume), 3 * call.volume.size() * sizeof(T), call.reduces, call.writes,
-        [&](int64_t row, int64_t rows, int64_t column, int64_t columns, Sums* sums) {
-            add_backward_sums<T, Mask>(call, row, rows, column, columns, sums);
-        },
+        v, Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces, call.writes,
+        [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
-        [&](int64_t row, int64_t rows, int64_t c, int64_t channels) {
-            bool tame = true;
-            if (!std::is_same_v<E, double>)
-                for (int64_t k = c; k < c + channels; ++k) tame = tame && is_tame(call, k);
-            if (tame)
-                write_backward_columns<T, E, Mask>(call, row, rows, c, channels);
-            else
-                write_backward_columns<T, double, Mask>(call, row, rows, c, channels);
+        [&](const Tile& tile) {
+            computed<T>(is_tame<Computation<T>>(call, tile), [&](auto e) { write_backward<T, decltype(e), Mask>(call, tile); });
         });
 }
 

@@ -1,6 +1,7 @@
 // Batch norm where the elements of a channel are runs of S adjacent ones.
 //
-// One channel after the other while it sits in the second-level cache: the second look at it costs no memory traffic.
+// One channel after the other while it sits in the second-level cache: the second look at it costs no memory traffic. Where
+// nothing is summed there is no second look, and memory is walked as it lies.
 #pragma once
 
 #include "batch_norm.hpp"
@@ -11,141 +12,205 @@ namespace arraynorm::ARRAYNORM_ISA {
 // The bit of the mask of element i of run (n, c).
 inline int64_t mask_bit(const Volume& v, int64_t n, int64_t c, int64_t i) { return (n * v.c + c) * v.s + i; }
 
+// write(n, c, first, length) for pieces of all runs, in the order of memory
+template <class Write>
+inline void over_runs(const Volume& v, int64_t bytes, Write write) {
+    const Blocks blocks(1, v.s);
+    const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
+    parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
+        const int64_t begin = item * share, run = begin / blocks.count;
+        int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
+        for (int64_t left = std::min(share, items - begin); left > 0; --left) {
+            blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { write(n, c, first, length); });
+            if (++block < blocks.count) continue;
+            block = 0;
+            if (++c == v.c) c = 0, ++n;
+        }
+        finish_streaming();
+    });
+}
+
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T>
 Moments part_moments(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    Moments moments;
-    blocks.blocks_of(part, [&](int64_t block) {
-        moments.add(moments_of<T>([&](auto f) {
-            blocks.visit(block, [&](int64_t n, int64_t i, int64_t length) { f(call.x.at<const T>(n, c) + i, length); });
-        }));
-    });
-    return moments;
-}
-
-template <class T, class E>
-[[gnu::flatten]] void write_forward(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
-    const Mean<E> mean(call.mean[c]);
-    const Pack<E> scale(E(forward_scale(call, c))), shift(E(call.bias ? call.bias[c] : 0));
-    const Writing how{call.streaming};
-    blocks.blocks_of(part, [&](int64_t block) {
-        blocks.visit(block, [&](int64_t n, int64_t i, int64_t length) {
-            const T* x = call.x.at<const T>(n, c) + i;
-            T* y = call.y.at<T>(n, c) + i;
-            const T* ahead = more ? call.x.at<const T>(n, c + 1) + i : nullptr;
-            auto affine = [=](int64_t j, auto count) {
-                return fma(mean.deviation(load<E>(x + j, count)), scale, shift);
-            };
-            if (!call.mask) return write_run(y, length, how, ahead, affine);
-            const T* addend = call.addend ? call.addend.at<const T>(n, c) + i : nullptr;
-            MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
-            write_run(y, length, how, ahead, [&](int64_t j, auto count) {
-                Pack<E> v = affine(j, count);
-                if (addend) v = v + load<E>(addend + j, count);
-                v = relu(v);
-                mask.put(positive<T>(v), count);
-                return v;
-            });
+    return moments_of<T>([&](auto f) __attribute__((always_inline)) {
+        blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) __attribute__((always_inline)) {
+            f(call.x.at<const T>(n, c) + i, length);
         });
     });
-    if (call.streaming) finish_streaming();
 }
+
+// The map of one channel, in E.
+template <class T, class E>
+struct ForwardPlane {
+    const BatchNormForward& call;
+    int64_t c;
+    Mean<E> mean;
+    Pack<E> pivot, scale, shift;
+
+    ForwardPlane(const BatchNormForward& call, int64_t c)
+        : call(call), c(c), mean(call.mean[c]), pivot(mean.rounded), scale(E(forward_scale(call, c))),
+          shift(E(mean.constant(forward_scale(call, c), call.bias ? call.bias[c] : 0))) {}
+
+    // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
+    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next) const {
+        const T* x = call.x.at<const T>(n, c) + i;
+        T* y = call.y.at<T>(n, c) + i;
+        const Writing how{call.streaming};
+        const Pack<E> k = pivot, a = scale, b = shift;
+        auto affine = [=](int64_t j, auto count) { return fma(load<E>(x + j, count) - k, a, b); };
+        if (!call.mask) return write_run(y, length, how, next, [=](int64_t j, auto count, auto) { return affine(j, count); });
+        MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
+        auto gated = [&](Pack<E> v, auto count) {
+            mask.put(positive<T>(v), count);
+            return relu(v);
+        };
+        if (!call.addend)
+            return write_run(y, length, how, next,
+                             [&](int64_t j, auto count, auto) { return gated(affine(j, count), count); });
+        const T* addend = call.addend.at<const T>(n, c) + i;
+        write_run(y, length, how, next, [&](int64_t j, auto count, auto) {
+            if constexpr (std::is_same_v<decltype(count), Full>) prefetch(further_on(addend + j));
+            return gated(affine(j, count) + load<E>(addend + j, count), count);
+        });
+    }
+};
 
 template <class T>
 void forward_planes(const BatchNormForward& call) {
     using E = Computation<T>;
-    const Blocks blocks(call.volume.n, call.volume.s);
+    const Volume& v = call.volume;
+    const int64_t bytes = 2 * v.size() * sizeof(T);
+    if (!call.takes_statistics) {
+        return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
+            computed<T>(is_tame<E>(call, c), [&](auto e) {
+                const T* x = call.x.at<const T>(n, c) + i;
+                ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x));
+            });
+        });
+    }
+    const Blocks blocks(v.n, v.s);
     over_sets<Moments>(
-        call.volume.c, blocks.parts(), 2 * call.volume.size() * sizeof(T), call.takes_statistics, call.writes,
+        v.c, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, bool more) {
-            if (std::is_same_v<E, double> || is_tame(call.mean[c], forward_scale(call, c)))
-                write_forward<T, E>(call, blocks, c, part, more);
-            else
-                write_forward<T, double>(call, blocks, c, part, more);
+            computed<T>(is_tame<E>(call, c), [&](auto e) {
+                const ForwardPlane<T, decltype(e)> plane(call, c);
+                blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
+                    plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr);
+                });
+            });
+            if (call.streaming) finish_streaming();
         });
 }
 
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T, class E, class Mask>
-[[gnu::flatten]] Sums block_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t block) {
+[[gnu::flatten]] Sums part_sums_in(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
     const Mean<E> mean(call.mean[c]);
-    Accumulators<E> sums;
-    blocks.visit(block, [&](int64_t n, int64_t i, int64_t length) {
+    const Pack<E> pivot(mean.rounded);
+    Accumulators accumulators;
+    blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) __attribute__((always_inline)) {
         const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
         const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
-        sums.run(length, [&](Pack<E>& s, Pack<E>& q, int64_t j, auto count) {
-            const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
-            s = s + g;
-            q = fma(g, mean.deviation(load_filled<E>(x + j, count)), q);
-        });
+        accumulators.run(
+            length,
+            [=](int64_t j, auto count) __attribute__((always_inline)) {
+                const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
+                return Terms<E>{g, g, load_filled<E>(x + j, count) - pivot};
+            },
+            dy, x);
     });
-    return sums.total();
+    Sums sums = accumulators.total();
+    sums.second = mean.constant(sums.first, sums.second);
+    return sums;
 }
 
 template <class T, class Mask>
 Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    using E = Summation;
-    const bool tame = std::is_same_v<E, double> || is_tame(call.mean[c], call.rstd[c]);
-    Sums total;
-    blocks.blocks_of(part, [&](int64_t block) {
-        if (tame) {
-            const Sums sums = block_sums<T, E, Mask>(call, blocks, c, block);
-            if (is_representable<E>(sums)) return total.add(sums);
-        }
-        total.add(block_sums<T, double, Mask>(call, blocks, c, block));
-    });
-    return total;
+    using E = Computation<T>;
+    if (is_tame<E>(call.mean[c], call.rstd[c])) {
+        const Sums sums = part_sums_in<T, E, Mask>(call, blocks, c, part);
+        if (is_representable<E>(sums)) return sums;
+    }
+    return part_sums_in<T, double, Mask>(call, blocks, c, part);
 }
 
+// The map of one channel, in E.
 template <class T, class E, class Mask>
-[[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part, bool more) {
-    const BackwardCoefficients k = backward_coefficients(call, c);
-    const bool needs_x = call.mean_dy;
-    const Mean<E> mean(needs_x ? call.mean[c] : 0);
-    const Pack<E> of_dy(E(k.of_dy)), of_deviation(E(k.of_deviation)), constant(E(k.constant));
-    const Writing how{call.streaming};
-    blocks.blocks_of(part, [&](int64_t block) {
-        blocks.visit(block, [&](int64_t n, int64_t i, int64_t length) {
-            const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-            T* daddend = call.daddend ? call.daddend.at<T>(n, c) + i : nullptr;
-            const T* ahead = more ? call.dy.at<const T>(n, c + 1) + i : nullptr;
-            const T* x_ahead = more && needs_x ? call.x.at<const T>(n, c + 1) + i : nullptr;
-            const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
-            auto gated = [&](int64_t j, auto count) {
-                const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
-                if (daddend) store(daddend + j, g, count);
-                return g;
-            };
-            T* dx = call.dx.at<T>(n, c) + i;
-            if (!needs_x)
-                return write_run(dx, length, how, ahead, [&](int64_t j, auto count) { return gated(j, count) * of_dy; });
-            write_run(dx, length, how, ahead, [&](int64_t j, auto count) {
-                if (x_ahead) prefetch(x_ahead + j);
-                const Pack<E> deviation = mean.deviation(load<E>(x + j, count));
-                return fma(gated(j, count), of_dy, fma(deviation, of_deviation, constant));
-            });
+struct BackwardPlane {
+    const BatchNormBackward& call;
+    int64_t c;
+    bool needs_x;
+    Mean<E> mean;
+    Pack<E> pivot, of_dy, of_deviation, constant;
+
+    BackwardPlane(const BatchNormBackward& call, int64_t c) : BackwardPlane(call, c, backward_coefficients(call, c)) {}
+
+    // `length` elements of run n from element i; `next` and `next_x` as in ForwardPlane
+    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, const T* next_x) const {
+        const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
+        T *dx = call.dx.at<T>(n, c) + i, *daddend = call.daddend ? call.daddend.at<T>(n, c) + i : nullptr;
+        const Writing how{call.streaming};
+        const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
+        // both outputs' lines begin at the same elements
+        const bool together = daddend && to_line(daddend) == to_line(dx);
+        auto gated = [&](int64_t j, auto count, auto streams) {
+            const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
+            if constexpr (std::is_same_v<Mask, NoMask>) return g;
+            if (!daddend) return g;
+            if constexpr (streams.value)
+                if (together) return stream(daddend + j, g), g;
+            store(daddend + j, g, count);
+            return g;
+        };
+        const Pack<E> pivot = this->pivot, a = of_dy, b = of_deviation, k = constant;
+        if (!needs_x)
+            return write_run(dx, length, how, next,
+                             [&](int64_t j, auto count, auto streams) { return gated(j, count, streams) * a; });
+        write_run(dx, length, how, next, [&](int64_t j, auto count, auto streams) {
+            if constexpr (std::is_same_v<decltype(count), Full>)
+                if (next_x) prefetch(next_x + j);
+            return fma(gated(j, count, streams), a, fma(load<E>(x + j, count) - pivot, b, k));
         });
-    });
-    if (call.streaming) finish_streaming();
-}
+    }
+
+private:
+    BackwardPlane(const BatchNormBackward& call, int64_t c, const BackwardCoefficients& k)
+        : call(call), c(c), needs_x(call.mean_dy), mean(needs_x ? call.mean[c] : 0), pivot(mean.rounded),
+          of_dy(E(k.of_dy)), of_deviation(E(k.of_deviation)), constant(E(mean.constant(k.of_deviation, k.constant))) {}
+};
 
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
     using E = Computation<T>;
-    const Blocks blocks(call.volume.n, call.volume.s);
+    const Volume& v = call.volume;
+    const int64_t bytes = 3 * v.size() * sizeof(T);
+    if (!call.reduces) {
+        return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
+            computed<T>(is_tame<E>(call, c), [&](auto e) {
+                const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
+                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
+            });
+        });
+    }
+    const Blocks blocks(v.n, v.s);
     over_sets<Sums>(
-        call.volume.c, blocks.parts(), 3 * call.volume.size() * sizeof(T), call.reduces, call.writes,
+        v.c, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](int64_t c, int64_t part, bool more) {
-            if (std::is_same_v<E, double> || is_tame(call, c))
-                write_backward<T, E, Mask>(call, blocks, c, part, more);
-            else
-                write_backward<T, double, Mask>(call, blocks, c, part, more);
+            computed<T>(is_tame<E>(call, c), [&](auto e) {
+                const BackwardPlane<T, decltype(e), Mask> plane(call, c);
+                blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
+                    plane.write(n, i, length, more ? call.dy.at<const T>(n, c + 1) + i : nullptr,
+                                more ? call.x.at<const T>(n, c + 1) + i : nullptr);
+                });
+            });
+            if (call.streaming) finish_streaming();
         });
 }
 

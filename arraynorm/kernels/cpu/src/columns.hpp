@@ -1,144 +1,215 @@
-// A matrix whose columns are summed: rows of adjacent elements, each column with a mean and a map of its own.
+// A matrix whose columns are summed: rows of adjacent elements, of which S to a channel lie side by side.
 //
-// Four rows at a time, so that a column's sums and parameters are loaded and stored once for four elements.
+// Some rows at a time, so that a column's sums and parameters are loaded and stored once for many elements; and a cache line
+// of a row at a time, since rows that lie a multiple of 4 KiB apart share their places in the cache.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "runs.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-inline constexpr int rows_at_once = 4;
-
-// Rows between two additions to a double. A column has one accumulator, where a run has dozens: in float its rounding
-// errors would show after some hundred rows.
-template <class E>
-inline constexpr int64_t rows_per_chunk = std::is_same_v<E, float> ? 128 : chunk_size;
-
-// step(rows, j, count) for all packs of `width` columns, of up to rows_at_once rows at a time
-template <class Step>
-inline void over_rows(int64_t rows, int64_t width, Step step) {
-    auto sweep = [&](int64_t row, auto number) {
+// step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first of
+// `most` rows at a time. Both numbers are constants.
+template <int most, int packs, class Step>
+[[gnu::always_inline]] inline void over_rows(int64_t rows, int64_t width, Step step) {
+    auto sweep = [&](int64_t row, auto number) __attribute__((always_inline)) {
         int64_t j = 0;
-        for (; j + lanes <= width; j += lanes) step(row, number, j, Full{});
-        if (j < width) step(row, number, j, width - j);
+        for (; j + packs * lanes <= width; j += packs * lanes)
+            step(row, number, j, std::integral_constant<int, packs>{}, Full{});
+        for (; j + lanes <= width; j += lanes) step(row, number, j, std::integral_constant<int, 1>{}, Full{});
+        if (j < width) step(row, number, j, std::integral_constant<int, 1>{}, width - j);
     };
     int64_t row = 0;
-    for (; row + rows_at_once <= rows; row += rows_at_once) sweep(row, std::integral_constant<int, rows_at_once>{});
+    for (; row + most <= rows; row += most) sweep(row, std::integral_constant<int, most>{});
     for (; row < rows; ++row) sweep(row, std::integral_constant<int, 1>{});
 }
 
-// E per column; for means the pair of Mean<E>.
-template <class E>
-struct ColumnMeans {
-    std::vector<E> high, low;
-    explicit ColumnMeans(int64_t width) : high(width), low(std::is_same_v<E, float> ? width : 0) {}
-    void set(int64_t j, double mean) {
-        high[j] = E(mean);
-        if constexpr (std::is_same_v<E, float>) low[j] = E(mean - double(E(mean)));
-    }
-    template <class Count>
-    Mean<E> at(int64_t j, Count count) const {
-        Mean<E> mean(0);
-        mean.high = load<E>(high.data() + j, count);
-        if constexpr (std::is_same_v<E, float>) mean.low = load<E>(low.data() + j, count);
-        return mean;
-    }
-};
+// Rows to be taken as one, with as many times the columns: a few adjacent columns alone would not fill a pack.
+inline int64_t rows_as_one(bool adjacent, int64_t rows, int64_t width) {
+    return adjacent && width < 64 && rows >= 64 ? 64 : 1;
+}
 
-// Sums of columns of a matrix, in E: two for each column.
-template <class E>
+// Packs in a cache line of T.
+template <class T>
+inline constexpr int line_packs = std::max<int>(1, 64 / int(sizeof(T)) / lanes);
+
+// -- sums -----------------------------------------------------------------------------------------------------
+
+// Sums of columns: two for each.
 struct ColumnSums {
-    std::vector<E> first, second;
+    std::vector<double> first, second;
     explicit ColumnSums(int64_t width) : first(width), second(width) {}
 
-    // add(first, second, row, j, count) for every row
-    template <class Add>
-    void run(int64_t rows, int64_t width, Add add) {
-        std::fill(first.begin(), first.end(), E(0));
-        std::fill(second.begin(), second.end(), E(0));
-        over_rows(rows, width, [&](int64_t row, auto number, int64_t j, auto count) {
-            Pack<E> s = load<E>(first.data() + j, count), q = load<E>(second.data() + j, count);
-            for (int k = 0; k < number; ++k) add(s, q, row + k, j, count);
-            store(first.data() + j, s, count);
-            store(second.data() + j, q, count);
-        });
+    // Adds terms(row, j, count), in E, for all rows and columns. T is what is read.
+    template <class T, class E, class TermsOf>
+    [[gnu::always_inline]] void add(int64_t rows, int64_t width, TermsOf terms) {
+        over_rows<group_size, line_packs<T>>(
+            rows, width,
+            [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+                if constexpr (number.value == 1) {
+                    for (int p = 0; p < packs.value; ++p) keep(Partial<E>(terms(row, j + p * lanes, count)), j + p * lanes, count);
+                } else {
+                    Pack<E> first[packs.value], second[packs.value];
+                    for (int p = 0; p < packs.value; ++p) {
+                        const Partial<E> sums(terms(row, j + p * lanes, count));
+                        first[p] = sums.first, second[p] = sums.second;
+                    }
+                    for (int k = 1; k < number.value; ++k)
+                        for (int p = 0; p < packs.value; ++p) {
+                            const Terms<E> t = terms(row + k, j + p * lanes, count);
+                            first[p] = first[p] + t.first;
+                            second[p] = fma(t.a, t.b, second[p]);
+                        }
+                    for (int p = 0; p < packs.value; ++p) {
+                        keep(first[p], this->first.data() + j + p * lanes, count);
+                        keep(second[p], this->second.data() + j + p * lanes, count);
+                    }
+                }
+            });
+    }
+
+    // Those of the columns [begin, end).
+    Sums of(int64_t begin, int64_t end) const {
+        Sums sums;
+        for (int64_t j = begin; j < end; ++j) sums.add({first[j], second[j]});
+        return sums;
+    }
+
+private:
+    template <class E, class Count>
+    [[gnu::always_inline]] static void keep(Pack<E> sum, double* total, Count count) {
+        store(total, load<double>(total, count) + widened(sum), count);
+    }
+    template <class E, class Count>
+    [[gnu::always_inline]] void keep(const Partial<E>& sums, int64_t j, Count count) {
+        keep(sums.first, first.data() + j, count);
+        keep(sums.second, second.data() + j, count);
     }
 };
 
-// The moments of `width` columns of a block of rows, x[row * distance + j], added to moments[j].
+// What the next rows begin with, or what lies past the last.
+[[gnu::always_inline]] inline void fetch_row(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// The moments of some channels over a block of rows: element j of channel c in row r is x[r * distance + c * s + j].
+// take(c, moments) is told each channel's.
 //
-// In one pass about the mean of the first rows; a column for which that lies far from the rest is looked at again.
-template <class T>
-[[gnu::flatten]] void add_column_moments(const T* x, int64_t distance, int64_t rows, int64_t width, Moments* moments) {
-    using E = Summation;
-    ColumnSums<E> sums(width);
+// In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at again.
+template <class T, class Take>
+[[gnu::flatten]] void channel_moments(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, Take take) {
+    using E = Computation<T>;
+    const int64_t width = channels * s;
+    const double n = double(rows * s);
+    if (n == 0) return;
+    ColumnSums sums(width);
     std::vector<E> pivots(width);
-    constexpr int64_t chunk = rows_per_chunk<E>;
-    for (int64_t begin = 0; begin < rows; begin += chunk, x += chunk * distance) {
-        const int64_t n = std::min(chunk, rows - begin), first_rows = number_of_pivots(n, 4);
-        for (int64_t j = 0; j < width; j += lanes) {
-            const int64_t count = std::min<int64_t>(lanes, width - j);
-            Pack<E> sum(0);
-            for (int64_t row = 0; row < first_rows; ++row) sum = sum + load<E>(x + row * distance + j, count);
-            store(pivots.data() + j, representable<T>(sum * Pack<E>(E(1) / E(first_rows))), count);
-        }
-        sums.run(n, width, [&](Pack<E>& s, Pack<E>& q, int64_t row, int64_t j, auto count) {
-            const Pack<E> d = load<E>(x + row * distance + j, count) - load<E>(pivots.data() + j, count);
-            s = s + d;
-            q = fma(d, d, q);
-        });
-        // all columns have had as many rows, so that what Chan's formula divides by is the same for all
-        const Moments::Weights weights(moments[0].n, double(n));
-        const double inverse = 1 / double(n);
-        for (int64_t j = 0; j < width; ++j) {
-            const double s = sums.first[j], q = sums.second[j];
-            if (is_reliable<E>({s, q}, double(n))) {
-                moments[j].add({double(n), double(pivots[j]), s * inverse, q - s * s * inverse}, weights);
-            } else {
-                auto runs = [&](auto f) {
-                    for (int64_t row = 0; row < n; ++row) f(x + row * distance + j, 1);
-                };
-                moments[j].add(two_pass_moments<T>(double(n), double(to_float(x[j])), runs), weights);
-            }
-        }
+    for (int64_t c = 0; c < channels; ++c) {
+        const double pivot = s > 1 ? pivot_of(x + c * s, s) : pivot_of(x + c, rows, distance);
+        std::fill_n(pivots.begin() + c * s, s, E(pivot));
     }
-}
-
-// The moments of some columns together, which have as many rows each.
-inline Moments merged(const Moments* columns, int64_t number) {
-    const double n = columns->n, pivot = columns->pivot, inverse = 1 / double(number);
-    auto distance = [&](int64_t j) { return (columns[j].pivot - pivot) + columns[j].shift; };
-    double shift = 0, between = 0, within = 0;
-    for (int64_t j = 0; j < number; ++j) shift += distance(j);
-    shift *= inverse;
-    for (int64_t j = 0; j < number; ++j) {
-        const double d = distance(j) - shift;
-        between += d * d;
-        within += columns[j].m2;
-    }
-    return {n * double(number), pivot, shift, within + n * between};
-}
-
-// y[row * distance + j] = value(parameters(j, count), row, j, count)
-template <class T, class Parameters, class Value>
-inline void write_columns(
-    T* y, int64_t distance, int64_t rows, int64_t width, bool streaming, Parameters parameters, Value value) {
-    const bool stream_all = streaming && to_line(y) == 0 && distance * sizeof(T) % 64 == 0;
-    over_rows(rows, width, [&](int64_t row, auto number, int64_t j, auto count) {
-        const auto p = parameters(j, count);
-        for (int k = 0; k < number; ++k) {
-            T* to = y + (row + k) * distance + j;
-            const auto v = value(p, row + k, j, count);
-            if constexpr (std::is_same_v<decltype(count), Full>)
-                if (stream_all) {
-                    stream(to, v);
-                    continue;
-                }
-            store(to, v, count);
-        }
+    const E* k = pivots.data();
+    sums.add<T, E>(rows, width, [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
+        fetch_row(x + (row + group_size) * distance + j);
+        const Pack<E> d = first_of(load<E>(x + row * distance + j, count) - load<E>(k + j, count), count);
+        return Terms<E>{d, d, d};
     });
+    for (int64_t c = 0; c < channels; ++c) {
+        const T* first = x + c * s;
+        auto runs = [&](auto f) {
+            for (int64_t row = 0; row < rows; ++row) f(first + row * distance, s);
+        };
+        take(c, moments_by<E>(sums.of(c * s, (c + 1) * s), double(pivots[c * s]), n, first, runs));
+    }
+}
+
+// Two sums for each of some channels, as channel_moments: of g, and of g * (x - mean of the channel). g(row, j, count) is in
+// the type of its last argument. take(c, sums) is told each channel's.
+template <class T, class E, class MeanOf, class Gradient, class Take>
+[[gnu::flatten]] void channel_sums_in(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, MeanOf mean_of,
+                                      Gradient g, Take take) {
+    const int64_t width = channels * s;
+    std::vector<E> means(width);
+    for (int64_t c = 0; c < channels; ++c) std::fill_n(means.begin() + c * s, s, Mean<E>(mean_of(c)).rounded);
+    const E* k = means.data();
+    ColumnSums sums(width);
+    sums.add<T, E>(rows, width, [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
+        fetch_row(x + (row + group_size) * distance + j);
+        const Pack<E> of_dy = g(row, j, count, E{});
+        return Terms<E>{of_dy, of_dy, load_filled<E>(x + row * distance + j, count) - load<E>(k + j, count)};
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+        Sums sum = sums.of(c * s, (c + 1) * s);
+        sum.second = Mean<E>(mean_of(c)).constant(sum.first, sum.second);
+        take(c, sum);
+    }
+}
+template <class T, class MeanOf, class Gradient, class Take>
+void channel_sums(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, bool tame, MeanOf mean_of,
+                  Gradient g, Take take) {
+    using E = Computation<T>;
+    if (tame) {
+        std::vector<Sums> found(channels);
+        bool representable = true;
+        channel_sums_in<T, E>(x, distance, rows, channels, s, mean_of, g, [&](int64_t c, Sums sums) {
+            found[c] = sums;
+            representable = representable && is_representable<E>(sums);
+        });
+        if (representable) {
+            for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
+            return;
+        }
+    }
+    channel_sums_in<T, double>(x, distance, rows, channels, s, mean_of, g, take);
+}
+
+// -- writing --------------------------------------------------------------------------------------------------
+
+// Vectors of a value per column.
+template <class E, int number>
+class ColumnValues {
+public:
+    explicit ColumnValues(int64_t width) : width_(width), values_(number * width) {}
+    void set(int64_t j, const std::array<double, number>& values) {
+        for (int v = 0; v < number; ++v) values_[v * width_ + j] = E(values[v]);
+    }
+    template <class Count>
+    [[gnu::always_inline]] std::array<Pack<E>, number> at(int64_t j, Count count) const {
+        std::array<Pack<E>, number> packs;
+        for (int v = 0; v < number; ++v) packs[v] = load<E>(values_.data() + v * width_ + j, count);
+        return packs;
+    }
+
+private:
+    int64_t width_;
+    std::vector<E> values_;
+};
+
+// y[row * distance + j] = value(values of column j, row, j, count)
+template <class T, class Values, class Value>
+[[gnu::always_inline]] inline void write_columns(
+    T* y, int64_t distance, int64_t rows, int64_t width, bool streaming, const Values& values, Value value) {
+    const bool stream_all = streaming && to_line(y) == 0 && distance * sizeof(T) % 64 == 0;
+    auto write = [&](auto streams) __attribute__((always_inline)) {
+        over_rows<4, line_packs<T>>(
+            rows, width,
+            [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+                using P = decltype(values.at(j, count));
+                P of[packs.value];
+                for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);
+                for (int k = 0; k < number.value; ++k)
+                    for (int p = 0; p < packs.value; ++p) {
+                        T* to = y + (row + k) * distance + j + p * lanes;
+                        const auto v = value(of[p], row + k, j + p * lanes, count);
+                        if constexpr (streams.value && std::is_same_v<decltype(count), Full>)
+                            stream(to, v);
+                        else
+                            store(to, v, count);
+                    }
+            });
+    };
+    stream_all ? write(std::true_type{}) : write(std::false_type{});
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -14,7 +14,10 @@ namespace arraynorm::ARRAYNORM_ISA {
 // For RMS norm, moments about zero: the sum of squares, infinite where it is beyond double.
 template <class T, class Runs>
 inline Moments squares_of(const Runs& runs) {
-    return {1, 0, 0, sums_about<Summation, T>(0, runs).second};
+    using E = Computation<T>;
+    Sums sums = sums_about<E, T>(0, runs);
+    if (!is_reliable<E>({0, sums.second}, 1)) sums = sums_about<double, T>(0, runs);
+    return {1, 0, 0, sums.second};
 }
 
 // The first element of row (sample, group).
@@ -27,16 +30,12 @@ inline T* start_of(const Rows& rows, const Tensor& tensor, int64_t row) {
 template <class T>
 Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
     const T* x = start_of<const T>(call.rows, call.x, row);
-    Moments moments;
-    blocks.blocks_of(part, [&](int64_t block) {
-        auto runs = [&](auto f) {
-            blocks.visit(block, [&](int64_t run, int64_t i, int64_t length) {
-                f(x + run * call.x.channel + i, length);
-            });
-        };
-        moments.add(call.mean ? moments_of<T>(runs) : squares_of<T>(runs));
-    });
-    return moments;
+    auto runs = [&](auto f) __attribute__((always_inline)) {
+        blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
+            f(x + run * call.x.channel + i, length);
+        });
+    };
+    return call.mean ? moments_of<T>(runs) : squares_of<T>(runs);
 }
 
 // has_infinity() tells whether the row has an infinite element.
@@ -55,9 +54,10 @@ inline double mean_of(const double* mean, int64_t row) { return mean ? mean[row]
 
 // -- backward -------------------------------------------------------------------------------------------------
 
-// dx = dy * weight * rstd + (x - mean) * of_deviation + constant
+// dx = dy * weight * rstd + x_hat * of_x_hat + constant
 struct RowCoefficients {
-    double mean, rstd, of_deviation, constant;
+    double mean, rstd, of_x_hat, constant;
+    double of_deviation() const { return rstd * of_x_hat; }  // of x - mean
 };
 
 // `sums` are those of g = dy * weight and of g * (x - mean) over the row.
@@ -66,15 +66,13 @@ inline RowCoefficients row_coefficients(const RowNormBackward& call, int64_t row
     // a row of one value does not depend on it
     const double rstd = call.mean && n == 1 ? 0 : call.rstd[row];
     const double mean_g_x_hat = sums.second * rstd / n;
-    return {mean_of(call.mean, row), rstd, -rstd * rstd * mean_g_x_hat, call.mean ? -rstd * (sums.first / n) : 0};
+    return {mean_of(call.mean, row), rstd, -rstd * mean_g_x_hat, call.mean ? -rstd * (sums.first / n) : 0};
 }
 
-// Whether a row's dx can be computed in float.
-inline bool is_tame(const RowCoefficients& k) { return is_tame(k.mean, k.rstd) && is_tame(k.constant, k.of_deviation); }
-
-inline bool is_tame_parameter(double value) {
-    const double size = std::abs(value);
-    return size == 0 || (size > 1e-15 && size < 1e15);
+// Whether a row's dx can be computed in E.
+template <class E>
+inline bool is_tame(const RowCoefficients& k) {
+    return is_tame<E>(k.mean, k.rstd) && is_tame<E>(k.constant, k.of_deviation());
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -9,44 +9,72 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 // A sample's matrix, cut into blocks of lines, and those into pieces whose sums stay in the first-level cache.
 struct Matrix {
-    int64_t lines, width, blocks;
-    static constexpr int64_t piece = 1024;  // columns
+    int64_t lines, channels, s, blocks, piece;  // channels of all groups, s columns each; so many to a piece
 
     explicit Matrix(const Rows& rows)
-        : lines(rows.lines), width(rows.parameters() * rows.size),
-          blocks(std::clamp<int64_t>(lines * width / (128 * 1024), 1, std::min<int64_t>(lines, 32))) {}
+        : lines(rows.lines), channels(rows.parameters()), s(rows.size),
+          blocks(std::clamp<int64_t>(lines * width() / (128 * 1024), 1, std::min<int64_t>(lines, 32))),
+          piece(std::max<int64_t>(1, 1024 / std::max<int64_t>(1, s))) {}
 
+    int64_t width() const { return channels * s; }
     int64_t first_line(int64_t block) const { return lines * block / blocks; }
 
-    // visit(first column, columns)
+    // visit(first channel, channels)
     template <class Visit>
     void pieces(Visit visit) const {
-        for (int64_t j = 0; j < width; j += piece) visit(j, std::min(piece, width - j));
+        for (int64_t c = 0; c < channels; c += piece) visit(c, std::min(piece, channels - c));
     }
 };
 
-// Reduces every sample's columns, keeps its rows' sums, and then writes it.
+// Some lines of some channels of a sample, as the code below walks them: `repeat` lines of memory may stand side by side.
+struct Piece {
+    int64_t sample, line, lines, first, channels, s, repeat;
+
+    int64_t all() const { return channels * repeat; }
+    int64_t width() const { return all() * s; }
+    int64_t channel(int64_t c) const { return first + c % channels; }
+    template <class T>
+    T* start(const Tensor& tensor) const {
+        return tensor.at<T>(sample, line) + first * s;
+    }
+};
+
+// Reduces every sample's channels, keeps its rows' sums, and then writes it.
 //
-// reduce(sample, first line, lines, sums) adds to the sums of columns; keep(sample, sums of all blocks);
-// write(sample, first line, lines).
+// reduce(piece, sums) adds to the sums of the sample's channels; keep(sample, sums of its channels); write(piece). What is
+// `read` and what is `written` are arrays; how sums are cut must not depend on where results go.
 template <class Sum, class Reduce, class Keep, class Write>
-inline void over_samples(const Rows& rows, int64_t bytes, Reduce reduce, Keep keep, Write write) {
+inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<Tensor> read, const Tensor& written,
+                         Reduce reduce, Keep keep, Write write) {
     const Matrix m(rows);
-    const int64_t threads = num_threads(), sums_per_sample = m.blocks * m.width;
-    auto reduce_block = [&](int64_t sample, int64_t block, Sum* sums) {
-        const int64_t line = m.first_line(block);
-        reduce(sample, line, m.first_line(block + 1) - line, sums + block * m.width);
+    const auto is_adjacent = [&](const Tensor& tensor) { return tensor.channel == m.width(); };
+    const bool reads_adjacent = std::all_of(read.begin(), read.end(), is_adjacent);
+    const bool adjacent = reads_adjacent && is_adjacent(written);
+    const int64_t threads = num_threads(), sums_per_sample = m.blocks * m.channels;
+    auto visit = [&](int64_t sample, int64_t block, bool adjacent, auto f) {
+        const int64_t line = m.first_line(block), number = m.first_line(block + 1) - line;
+        m.pieces([&](int64_t first, int64_t channels) {
+            const int64_t repeat = rows_as_one(adjacent && channels == m.channels, number, channels * m.s);
+            const int64_t whole = number / repeat;
+            f(Piece{sample, line, whole, first, channels, m.s, repeat});
+            if (whole * repeat < number)
+                f(Piece{sample, line + whole * repeat, number - whole * repeat, first, channels, m.s, 1});
+        });
     };
-    auto write_block = [&](int64_t sample, int64_t block) {
-        const int64_t line = m.first_line(block);
-        write(sample, line, m.first_line(block + 1) - line);
+    auto reduce_block = [&](int64_t sample, int64_t block, Sum* sums) {
+        visit(sample, block, reads_adjacent, [&](const Piece& piece) { reduce(piece, sums + block * m.channels); });
+    };
+    auto keep_sample = [&](int64_t sample, Sum* sums) {
+        for (int64_t block = 1; block < m.blocks; ++block)
+            for (int64_t c = 0; c < m.channels; ++c) sums[c].add(sums[block * m.channels + c]);
+        keep(sample, sums);
     };
     if (threads == 1 || rows.samples >= 4 * threads || m.blocks == 1) {
         parallel_for(rows.samples, bytes, [&](int64_t sample) {
             std::vector<Sum> sums(sums_per_sample);
             for (int64_t block = 0; block < m.blocks; ++block) reduce_block(sample, block, sums.data());
-            keep(sample, sums.data());
-            for (int64_t block = m.blocks; block-- > 0;) write_block(sample, block);  // the last is still in the cache
+            keep_sample(sample, sums.data());
+            for (int64_t block = m.blocks; block-- > 0;) visit(sample, block, adjacent, write);  // the last is still in the cache
         });
         return;
     }
@@ -54,169 +82,127 @@ inline void over_samples(const Rows& rows, int64_t bytes, Reduce reduce, Keep ke
     parallel_for(rows.samples * m.blocks, bytes, [&](int64_t i) {
         reduce_block(i / m.blocks, i % m.blocks, sums.data() + i / m.blocks * sums_per_sample);
     });
-    parallel_for(rows.samples, bytes, [&](int64_t sample) { keep(sample, sums.data() + sample * sums_per_sample); });
-    parallel_for(rows.samples * m.blocks, bytes, [&](int64_t i) { write_block(i / m.blocks, i % m.blocks); });
+    parallel_for(rows.samples, bytes, [&](int64_t sample) { keep_sample(sample, sums.data() + sample * sums_per_sample); });
+    parallel_for(rows.samples * m.blocks, bytes, [&](int64_t i) { visit(i / m.blocks, i % m.blocks, adjacent, write); });
 }
 
-// The sum of the columns [begin, end) in all blocks.
-template <class Sum>
-inline Sum sum_of_columns(const Rows& rows, const Sum* columns, int64_t begin, int64_t end) {
-    const Matrix m(rows);
-    Sum sum{};
-    for (int64_t block = 0; block < m.blocks; ++block)
-        for (int64_t j = begin; j < end; ++j) sum.add(columns[block * m.width + j]);
-    return sum;
+// The values of the piece's columns, of(channel) for each.
+template <class E, int number, class Of>
+inline ColumnValues<E, number> values_of(const Piece& piece, Of of) {
+    ColumnValues<E, number> values(piece.width());
+    for (int64_t c = 0; c < piece.all(); ++c) {
+        const std::array<double, number> channel = of(piece.channel(c));
+        for (int64_t j = c * piece.s; j < (c + 1) * piece.s; ++j) values.set(j, channel);
+    }
+    return values;
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-void write_piece(
-    const RowNormForward& call, int64_t sample, int64_t line, int64_t lines, int64_t column, int64_t width) {
-    const Rows& rows = call.rows;
-    ColumnMeans<E> means(width);
-    std::vector<E> scales(width), shifts(width);
-    for (int64_t j = 0; j < width; ++j) {
-        const int64_t channel = (column + j) / rows.size, row = sample * rows.groups + channel / rows.channels;
-        means.set(j, call.mean[row]);
-        scales[j] = E(call.rstd[row] * value_or(call.weight, channel, 1));
-        shifts[j] = E(value_or(call.bias, channel, 0));
-    }
-    struct Map {
-        Mean<E> mean;
-        Pack<E> scale, shift;
-    };
-    auto parameters = [&](int64_t j, auto count) {
-        return Map{means.at(j, count), load<E>(scales.data() + j, count), load<E>(shifts.data() + j, count)};
-    };
-    const T* x = call.x.at<const T>(sample, line) + column;
-    write_columns(call.y.at<T>(sample, line) + column, call.y.channel, lines, width, call.streaming, parameters,
-                  [&](const Map& map, int64_t r, int64_t j, auto count) {
-                      const Pack<E> deviation = map.mean.deviation(load<E>(x + r * call.x.channel + j, count));
-                      return fma(deviation, map.scale, map.shift);
+[[gnu::flatten]] void write_piece(const RowNormForward& call, const Piece& piece) {
+    const int64_t first_row = piece.sample * call.rows.groups;
+    const auto values = values_of<E, 3>(piece, [&](int64_t channel) -> std::array<double, 3> {
+        const int64_t row = first_row + channel / call.rows.channels;
+        const Mean<E> mean(call.mean[row]);
+        const double scale = call.rstd[row] * value_or(call.weight, channel, 1);
+        return {double(mean.rounded), scale, mean.constant(scale, value_or(call.bias, channel, 0))};
+    });
+    const T* x = piece.start<const T>(call.x);
+    const int64_t distance = call.x.channel * piece.repeat;
+    write_columns(piece.start<T>(call.y), call.y.channel * piece.repeat, piece.lines, piece.width(), call.streaming, values,
+                  [=](const auto& v, int64_t r, int64_t j, auto count) {
+                      return fma(load<E>(x + r * distance + j, count) - v[0], v[1], v[2]);
                   });
+    if (call.streaming) finish_streaming();
 }
 
 template <class T>
 void forward_columns(const RowNormForward& call) {
     using E = Computation<T>;
     const Rows& rows = call.rows;
-    const Matrix matrix(rows);
     over_samples<Moments>(
-        rows, 2 * rows.elements() * sizeof(T),
-        [&](int64_t sample, int64_t line, int64_t lines, Moments* moments) {
-            matrix.pieces([&](int64_t j, int64_t width) {
-                add_column_moments(call.x.at<const T>(sample, line) + j, call.x.channel, lines, width, moments + j);
-            });
+        rows, 2 * rows.elements() * sizeof(T), {call.x}, call.y,
+        [&](const Piece& piece, Moments* moments) {
+            channel_moments(piece.start<const T>(call.x), call.x.channel * piece.repeat, piece.lines, piece.all(), piece.s,
+                            [&](int64_t c, const Moments& found) { moments[piece.channel(c)].add(found); });
         },
         [&](int64_t sample, const Moments* moments) {
-            const int64_t width = rows.channels * rows.size;
-            for (int64_t g = 0; g < rows.groups; ++g)
-                keep_statistics(call, sample * rows.groups + g,
-                                sum_of_columns(rows, moments, g * width, (g + 1) * width), [] { return false; });
-        },
-        [&](int64_t sample, int64_t line, int64_t lines) {
-            bool tame = true;
-            for (int64_t c = 0; !std::is_same_v<E, double> && c < rows.parameters(); ++c) {
-                const int64_t row = sample * rows.groups + c / rows.channels;
-                tame = tame && is_tame(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
+            for (int64_t g = 0; g < rows.groups; ++g) {
+                Moments row;
+                for (int64_t c = g * rows.channels; c < (g + 1) * rows.channels; ++c) row.add(moments[c]);
+                keep_statistics(call, sample * rows.groups + g, row, [] { return false; });
             }
-            matrix.pieces([&](int64_t j, int64_t width) {
-                if (tame)
-                    write_piece<T, E>(call, sample, line, lines, j, width);
-                else
-                    write_piece<T, double>(call, sample, line, lines, j, width);
-            });
-            if (call.streaming) finish_streaming();
+        },
+        [&](const Piece& piece) {
+            bool tame = true;
+            for (int64_t c = piece.first; c < piece.first + piece.channels; ++c) {
+                const int64_t row = piece.sample * rows.groups + c / rows.channels;
+                tame = tame && is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
+            }
+            computed<T>(tame, [&](auto e) { write_piece<T, decltype(e)>(call, piece); });
         });
 }
 
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T>
-void add_piece_sums(const RowNormBackward& call, int64_t sample, int64_t line, int64_t lines, int64_t column,
-                    int64_t width, Sums* total) {
-    using E = Summation;
-    const Rows& rows = call.rows;
-    ColumnMeans<E> means(width);
-    for (int64_t j = 0; j < width; ++j)
-        means.set(j, call.mean[sample * rows.groups + (column + j) / rows.size / rows.channels]);
-    ColumnSums<E> sums(width);
-    constexpr int64_t chunk = rows_per_chunk<E>;
-    for (int64_t begin = line; begin < line + lines; begin += chunk) {
-        const T *dy = call.dy.at<const T>(sample, begin) + column, *x = call.x.at<const T>(sample, begin) + column;
-        sums.run(std::min(chunk, line + lines - begin), width,
-                 [&](Pack<E>& a, Pack<E>& b, int64_t r, int64_t j, auto count) {
-                     const Pack<E> g = load<E>(dy + r * call.dy.channel + j, count);
-                     a = a + g;
-                     b = fma(g, means.at(j, count).deviation(load_filled<E>(x + r * call.x.channel + j, count)), b);
-                 });
-        for (int64_t j = 0; j < width; ++j) total[j].add({sums.first[j], sums.second[j]});
-    }
+void add_piece_sums(const RowNormBackward& call, const Piece& piece, Sums* sums) {
+    const double *mean = call.mean + piece.sample * call.rows.groups, *rstd = call.rstd + piece.sample * call.rows.groups;
+    const T* dy = piece.start<const T>(call.dy);
+    const int64_t distance = call.dy.channel * piece.repeat, per_group = call.rows.channels;
+    bool tame = true;
+    for (int64_t g = piece.first / per_group; g <= (piece.first + piece.channels - 1) / per_group; ++g)
+        tame = tame && is_tame<Computation<T>>(mean[g], rstd[g]);
+    channel_sums(
+        piece.start<const T>(call.x), call.x.channel * piece.repeat, piece.lines, piece.all(), piece.s, tame,
+        [&](int64_t c) { return mean[piece.channel(c) / per_group]; },
+        [=](int64_t row, int64_t j, auto count, auto e) __attribute__((always_inline)) {
+            fetch_row(dy + (row + group_size) * distance + j);
+            return load<decltype(e)>(dy + row * distance + j, count);
+        },
+        [&](int64_t c, const Sums& found) { sums[piece.channel(c)].add(found); });
 }
 
 template <class T, class E>
-void write_backward_piece(const RowNormBackward& call, const ChannelSums& sums, int64_t sample, int64_t line,
-                          int64_t lines, int64_t column, int64_t width) {
-    const Rows& rows = call.rows;
-    ColumnMeans<E> means(width);
-    std::vector<E> of_dy(width), of_deviation(width), constant(width);
-    for (int64_t j = 0; j < width; ++j) {
-        const int64_t channel = (column + j) / rows.size;
-        const RowCoefficients& k = sums.coefficients(sample * rows.groups + channel / rows.channels);
-        means.set(j, k.mean);
-        of_dy[j] = E(k.rstd * value_or(call.weight, channel, 1));
-        of_deviation[j] = E(k.of_deviation), constant[j] = E(k.constant);
-    }
-    struct Map {
-        Mean<E> mean;
-        Pack<E> of_dy, of_deviation, constant;
-    };
-    auto parameters = [&](int64_t j, auto count) {
-        return Map{means.at(j, count), load<E>(of_dy.data() + j, count), load<E>(of_deviation.data() + j, count),
-                   load<E>(constant.data() + j, count)};
-    };
-    const T *dy = call.dy.at<const T>(sample, line) + column, *x = call.x.at<const T>(sample, line) + column;
-    write_columns(call.dx.at<T>(sample, line) + column, call.dx.channel, lines, width, call.streaming, parameters,
-                  [&](const Map& map, int64_t r, int64_t j, auto count) {
-                      const Pack<E> g = load<E>(dy + r * call.dy.channel + j, count);
-                      const Pack<E> deviation = map.mean.deviation(load<E>(x + r * call.x.channel + j, count));
-                      return fma(g, map.of_dy, fma(deviation, map.of_deviation, map.constant));
+[[gnu::flatten]] void write_backward_piece(const RowNormBackward& call, const ChannelSums& sums, const Piece& piece) {
+    const int64_t first_row = piece.sample * call.rows.groups;
+    const auto values = values_of<E, 4>(piece, [&](int64_t channel) -> std::array<double, 4> {
+        const RowCoefficients& k = sums.coefficients(first_row + channel / call.rows.channels);
+        const Mean<E> mean(k.mean);
+        return {double(mean.rounded), k.rstd * value_or(call.weight, channel, 1), k.of_deviation(),
+                mean.constant(k.of_deviation(), k.constant)};
+    });
+    const T *dy = piece.start<const T>(call.dy), *x = piece.start<const T>(call.x);
+    const int64_t of_dy = call.dy.channel * piece.repeat, of_x = call.x.channel * piece.repeat;
+    write_columns(piece.start<T>(call.dx), call.dx.channel * piece.repeat, piece.lines, piece.width(), call.streaming, values,
+                  [=](const auto& v, int64_t r, int64_t j, auto count) {
+                      return fma(load<E>(dy + r * of_dy + j, count), v[1],
+                                 fma(load<E>(x + r * of_x + j, count) - v[0], v[2], v[3]));
                   });
+    if (call.streaming) finish_streaming();
 }
 
 template <class T>
 void backward_columns(const RowNormBackward& call) {
     using E = Computation<T>;
     const Rows& rows = call.rows;
-    const Matrix matrix(rows);
     ChannelSums sums(call);
     over_samples<Sums>(
-        rows, 3 * rows.elements() * sizeof(T),
-        [&](int64_t sample, int64_t line, int64_t lines, Sums* columns) {
-            matrix.pieces([&](int64_t j, int64_t width) {
-                add_piece_sums<T>(call, sample, line, lines, j, width, columns + j);
-            });
-        },
-        [&](int64_t sample, const Sums* columns) {
-            for (int64_t c = 0; c < rows.parameters(); ++c)
-                sums.of(sample, c) = sum_of_columns(rows, columns, c * rows.size, (c + 1) * rows.size);
+        rows, 3 * rows.elements() * sizeof(T), {call.dy, call.x}, call.dx,
+        [&](const Piece& piece, Sums* found) { add_piece_sums<T>(call, piece, found); },
+        [&](int64_t sample, const Sums* found) {
+            for (int64_t c = 0; c < rows.parameters(); ++c) sums.of(sample, c) = found[c];
             for (int64_t g = 0; g < rows.groups; ++g) sums.keep(sample * rows.groups + g);
         },
-        [&](int64_t sample, int64_t line, int64_t lines) {
+        [&](const Piece& piece) {
             bool tame = true;
-            for (int64_t c = 0; !std::is_same_v<E, double> && c < rows.parameters(); ++c) {
-                const RowCoefficients& k = sums.coefficients(sample * rows.groups + c / rows.channels);
-                tame = tame && is_tame(k.mean, k.rstd * value_or(call.weight, c, 1)) &&
-                       is_tame(k.constant, k.of_deviation);
+            for (int64_t c = piece.first; c < piece.first + piece.channels; ++c) {
+                const RowCoefficients& k = sums.coefficients(piece.sample * rows.groups + c / rows.channels);
+                tame = tame && is_tame<E>(k.mean, k.rstd * value_or(call.weight, c, 1)) &&
+                       is_tame<E>(k.constant, k.of_deviation());
             }
-            matrix.pieces([&](int64_t j, int64_t width) {
-                if (tame)
-                    write_backward_piece<T, E>(call, sums, sample, line, lines, j, width);
-                else
-                    write_backward_piece<T, double>(call, sums, sample, line, lines, j, width);
-            });
-            if (call.streaming) finish_streaming();
+            computed<T>(tame, [&](auto e) { write_backward_piece<T, decltype(e)>(call, sums, piece); });
         });
     sums.keep_parameter_gradients();
 }

@@ -2,12 +2,22 @@
 // channels of a sample are short runs that lie side by side.
 #pragma once
 
+#include <mutex>
+#include <optional>
+
 #include "columns.hpp"
 #include "row_norm.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
 // -- parameters -----------------------------------------------------------------------------------------------
+
+// Whether products with it can be computed in E.
+template <class E>
+inline bool is_tame_parameter(double value) {
+    const double size = std::abs(value);
+    return std::is_same_v<E, double> || size == 0 || (size > 1e-15 && size < 1e15);
+}
 
 // A vector of parameters in E: the caller's, where that is in E, else a copy; of `otherwise` where there is none.
 template <class E>
@@ -19,11 +29,10 @@ public:
         own_.assign(size, E(otherwise));
         for (int64_t i = 0; values && i < size; ++i) {
             own_[i] = E(values[i]);
-            tame_ = tame_ && is_tame_parameter(values[i]);
+            tame_ = tame_ && is_tame_parameter<E>(values[i]);
         }
     }
     const E* data() const { return given_ ? given_ : own_.data(); }
-    // Whether products with them can be computed in E.
     bool tame() const { return tame_; }
 
 private:
@@ -32,10 +41,26 @@ private:
     bool tame_ = true;
 };
 
-// So many rows at a time, up to four, that they stay in the second-level cache.
+// What only rows need that float will not do for: made when the first of them comes.
+template <class V>
+class Exact {
+public:
+    template <class... Arguments>
+    const V& made_of(const Arguments&... arguments) const {
+        std::call_once(once_, [&] { value_.emplace(arguments...); });
+        return *value_;
+    }
+
+private:
+    mutable std::once_flag once_;
+    mutable std::optional<V> value_;
+};
+
+// So many rows at a time, up to `most`, that they take no more of the second-level cache than this.
+inline constexpr int64_t cached_bytes = 128 * 1024;
 template <class T>
-inline int64_t rows_in_cache(int64_t width) {
-    return std::clamp<int64_t>(128 * 1024 / std::max<int64_t>(1, width * sizeof(T)), 1, rows_at_once);
+inline int64_t rows_in_cache(int64_t width, int64_t most) {
+    return std::clamp<int64_t>(cached_bytes / std::max<int64_t>(1, width * sizeof(T)), 1, most);
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
@@ -45,6 +70,7 @@ struct Affine {
     Parameters<E> weight, bias;
     explicit Affine(const RowNormForward& call)
         : weight(call.weight, call.rows.parameters(), 1), bias(call.bias, call.rows.parameters(), 0) {}
+    bool tame() const { return weight.tame() && bias.tame(); }
 };
 
 // Columns whose parameters and sums stay in the first-level cache while some rows pass by.
@@ -52,18 +78,17 @@ inline constexpr int64_t segment = 512;
 
 // The elements [first, first + length) of a row. `ahead` is the distance to a row that this thread reads later, or 0.
 template <class T, class E>
-void write_elements(
+[[gnu::flatten]] void write_elements(
     const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first, int64_t length, int64_t ahead) {
-    const int64_t group = call.rows.groups == 1 ? 0 : row % call.rows.groups;
+    const int64_t column = (call.rows.groups == 1 ? 0 : row % call.rows.groups) * call.rows.channels + first;
     const T* x = start_of<const T>(call.rows, call.x, row) + first;
     const T* next = ahead ? start_of<const T>(call.rows, call.x, row + ahead) + first : nullptr;
     T* y = start_of<T>(call.rows, call.y, row) + first;
-    const E *weight = affine.weight.data() + group * call.rows.channels + first,
-            *bias = affine.bias.data() + group * call.rows.channels + first;
+    const E *weight = affine.weight.data() + column, *bias = affine.bias.data() + column;
     const Mean<E> mean(mean_of(call.mean, row));
-    const Pack<E> rstd(E(call.rstd[row]));
-    write_run(y, length, Writing{call.streaming}, next, [=](int64_t j, auto count) __attribute__((always_inline)) {
-        const Pack<E> x_hat = mean.deviation(load<E>(x + j, count)) * rstd;
+    const Pack<E> pivot(mean.rounded), rstd(E(call.rstd[row])), shift(E(mean.constant(call.rstd[row], 0)));
+    write_run(y, length, Writing{call.streaming}, next, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
+        const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
         return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
     });
 }
@@ -74,6 +99,7 @@ void forward_elements(const RowNormForward& call) {
     const Rows& rows = call.rows;
     const Blocks blocks(1, rows.channels);
     const Affine<E> affine(call);
+    Exact<Affine<double>> exact;
     auto reduce = [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); };
     auto keep = [&](int64_t row, const Moments& moments) {
         keep_statistics(call, row, moments, [&] {
@@ -82,25 +108,20 @@ void forward_elements(const RowNormForward& call) {
         });
     };
     auto write = [&](int64_t row, int64_t first, int64_t length, int64_t ahead) {
-        if constexpr (!std::is_same_v<E, double>)
-            if (!affine.weight.tame() || !affine.bias.tame() || !is_tame(mean_of(call.mean, row), call.rstd[row]))
-                return write_elements<T, double>(call, Affine<double>(call), row, first, length, ahead);
-        write_elements<T, E>(call, affine, row, first, length, ahead);
+        if (affine.tame() && is_tame<E>(mean_of(call.mean, row), call.rstd[row]))
+            write_elements<T, E>(call, affine, row, first, length, ahead);
+        else
+            write_elements<T, double>(call, exact.made_of(call), row, first, length, ahead);
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1) {  // rows too long for what follows
-        over_sets<Moments>(rows.count(), blocks.parts(), bytes, true, true, reduce, keep,
-                           [&](int64_t row, int64_t part, bool more) {
-                               blocks.blocks_of(part, [&](int64_t block) {
-                                   blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
-                                       write(row, i, length, more ? 1 : 0);
-                                   });
-                               });
-                               if (call.streaming) finish_streaming();
-                           });
+        over_sets<Moments>(rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, bool more) {
+            blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, more ? 1 : 0); });
+            if (call.streaming) finish_streaming();
+        });
         return;
     }
-    const int64_t bundle = rows_in_cache<T>(rows.channels);
+    const int64_t bundle = rows_in_cache<T>(rows.channels, 4);
     const int64_t share = std::max<int64_t>(1, rows.count() / (8 * num_threads()));
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
         const int64_t end = std::min(rows.count(), (item + 1) * share);

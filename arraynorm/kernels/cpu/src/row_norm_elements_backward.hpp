@@ -20,77 +20,64 @@ struct Sharing {
         if (row >= (rows.samples < 32 ? 8192 : 32768)) {
             kind = rows.groups > 1 ? by_groups : by_pieces;
         } else {
-            blocks = std::clamp<int64_t>(std::min(rows.samples / (2 * rows_at_once), rows.samples * row / 16384), 1, 32);
+            blocks = std::clamp<int64_t>(std::min(rows.samples / group_size, rows.samples * row / 16384), 1, 32);
         }
     }
 };
 
-// Whether products of dy can be added up in float. A float16 has no exponents that could not.
-template <class T>
-inline bool is_tame_run(const T* dy, int64_t n) {
-    if constexpr (!std::is_same_v<T, bfloat16>) return true;
-    int16_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint16_t bits;
-        std::memcpy(&bits, dy + i, sizeof bits);
-        largest = std::max(largest, int16_t(bits & 0x7fff));
-    }
-    const double size = std::abs(double(to_float(bfloat16{uint16_t(largest)})));
-    return is_tame_parameter(size);
-}
-
 template <class T>
 struct ElementsBackward {
-    using E = Summation;  // of dx too, which comes with the parameters' gradients in one sweep
+    using E = Computation<T>;
     const RowNormBackward& call;
     const Rows& rows;
     Blocks blocks;
     Parameters<E> weight;
-    Parameters<double> exact_weight;
+    Exact<Parameters<double>> exact_weight;
 
     explicit ElementsBackward(const RowNormBackward& call)
-        : call(call), rows(call.rows), blocks(1, rows.channels), weight(call.weight, rows.parameters(), 1),
-          exact_weight(std::is_same_v<E, double> ? nullptr : call.weight,
-                       std::is_same_v<E, double> ? 0 : rows.parameters(), 1) {}
+        : call(call), rows(call.rows), blocks(1, rows.channels), weight(call.weight, rows.parameters(), 1) {}
 
     template <class F>
-    const F* weight_of(int64_t group) const {
-        const int64_t first = group * rows.channels;
+    const F* weight_of(int64_t column) const {
         if constexpr (std::is_same_v<F, E>)
-            return weight.data() + first;
+            return weight.data() + column;
         else
-            return exact_weight.data() + first;
+            return exact_weight.made_of(call.weight, rows.parameters(), 1.0).data() + column;
     }
 
+    // -- a row's sums
+
     template <class F>
-    Sums piece_sums(const T* dy, const T* x, const F* w, double mean_, int64_t length) const {
-        const Mean<F> mean(mean_);
-        Accumulators<F> sums;
-        sums.run(length, [&](Pack<F>& s, Pack<F>& q, int64_t j, auto count) {
-            const Pack<F> g = load<F>(dy + j, count) * load<F>(w + j, count);
-            s = s + g;
-            q = fma(g, mean.deviation(load_filled<F>(x + j, count)), q);
+    [[gnu::flatten]] Sums part_sums_in(int64_t sample, int64_t column, int64_t part, double row_mean) const {
+        const T *row_dy = call.dy.at<const T>(sample, column), *row_x = call.x.at<const T>(sample, column);
+        const F* row_weight = weight_of<F>(column);
+        const Mean<F> mean(row_mean);
+        const Pack<F> pivot(mean.rounded);
+        Accumulators accumulators;
+        blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) __attribute__((always_inline)) {
+            const T *dy = row_dy + i, *x = row_x + i;
+            const F* w = row_weight + i;
+            accumulators.run(
+                length,
+                [=](int64_t j, auto count) __attribute__((always_inline)) {
+                    const Pack<F> g = load<F>(dy + j, count) * load<F>(w + j, count);
+                    return Terms<F>{g, g, load_filled<F>(x + j, count) - pivot};
+                },
+                dy, x);
         });
-        return sums.total();
+        Sums sums = accumulators.total();
+        sums.second = mean.constant(sums.first, sums.second);
+        return sums;
     }
 
     Sums part_sums(int64_t sample, int64_t group, int64_t part) const {
-        const int64_t row = sample * rows.groups + group, first = group * rows.channels;
-        const T *dy = call.dy.at<const T>(sample, first), *x = call.x.at<const T>(sample, first);
+        const int64_t row = sample * rows.groups + group, column = group * rows.channels;
         const double mean = mean_of(call.mean, row);
-        const bool tame = std::is_same_v<E, double> || (weight.tame() && is_tame(mean, call.rstd[row]));
-        Sums total;
-        blocks.blocks_of(part, [&](int64_t block) {
-            blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
-                if (tame) {
-                    const Sums sums = piece_sums<E>(dy + i, x + i, weight_of<E>(group) + i, mean, length);
-                    if (is_representable<E>(sums)) return total.add(sums);
-                }
-                if constexpr (!std::is_same_v<E, double>)
-                    total.add(piece_sums<double>(dy + i, x + i, weight_of<double>(group) + i, mean, length));
-            });
-        });
-        return total;
+        if (weight.tame() && is_tame<E>(mean, call.rstd[row])) {
+            const Sums sums = part_sums_in<E>(sample, column, part, mean);
+            if (is_representable<E>(sums)) return sums;
+        }
+        return part_sums_in<double>(sample, column, part, mean);
     }
 
     RowCoefficients coefficients(int64_t sample, int64_t group) const {
@@ -99,142 +86,132 @@ struct ElementsBackward {
         return row_coefficients(call, sample * rows.groups + group, sums);
     }
 
-    // dx of the elements [first, first + width) of `number` rows, and what they add to the parameters' gradients.
-    // `ahead` is the distance to the samples that this thread does next, or 0.
-    template <class F, int number, bool streaming>
-    void write(int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k, int64_t ahead,
-               F* dweight, F* dbias) const {
-        struct Map {
-            const T *dy, *x;
-            T* dx;
-            Mean<F> mean{0};
-            Pack<F> rstd, of_deviation, constant;
-        } maps[number];
-        const int64_t column = group * rows.channels + first;
-        for (int r = 0; r < number; ++r) {
-            Map& m = maps[r];
-            m.dy = call.dy.at<const T>(sample + r, column);
-            m.x = call.x.at<const T>(sample + r, column);
-            m.dx = call.dx.at<T>(sample + r, column);
-            m.mean = Mean<F>(k[r].mean);
-            m.rstd = Pack<F>(F(k[r].rstd));
-            m.of_deviation = Pack<F>(F(k[r].of_deviation));
-            m.constant = Pack<F>(F(k[r].constant));
-        }
-        const F* w = weight_of<F>(group) + first;
-        const int64_t dy_ahead = ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
-        auto step = [&](int64_t j, auto count) __attribute__((always_inline)) {
-            const Pack<F> weights = load<F>(w + j, count);
-            Pack<F> a = load<F>(dweight + j, count), b = load<F>(dbias + j, count);
-            for (int r = 0; r < number; ++r) {
-                const Map& m = maps[r];
-                const Pack<F> dy = load<F>(m.dy + j, count), scaled = dy * m.rstd;
-                const Pack<F> deviation = m.mean.deviation(load_filled<F>(m.x + j, count));
-                a = fma(scaled, deviation, a);
-                b = b + dy;
-                const Pack<F> dx = fma(scaled, weights, fma(deviation, m.of_deviation, m.constant));
-                if constexpr (streaming && std::is_same_v<decltype(count), Full>)
-                    stream(m.dx + j, dx);
-                else
-                    store(m.dx + j, dx, count);
-            }
-            store(dweight + j, a, count);
-            store(dbias + j, b, count);
-        };
-        constexpr int64_t line = 64 / sizeof(T);
-        int64_t j = 0;
-        for (; j + line <= width; j += line) {
-            if (ahead)
-                for (int r = 0; r < number; ++r) {
-                    prefetch(maps[r].dy + dy_ahead + j);
-                    prefetch(maps[r].x + x_ahead + j);
-                }
-            for (int64_t i = 0; i < line; i += lanes) step(j + i, Full{});
-        }
-        for (; j + lanes <= width; j += lanes) step(j, Full{});
-        if (j < width) step(j, width - j);
+    // -- dx, and the parameters' gradients
+
+    // How dx is written: with the parameters' gradients, all rows by turns; or afterwards, a row at a time.
+    enum class Order { together, together_streaming, by_row };
+
+    Order order_of(int64_t number, const T* dx) const {
+        const int64_t distance = call.dx.sample * sizeof(T);
+        // Rows that lie a multiple of 4 KiB apart share their places in the caches and their banks of memory: written by
+        // turns they take three times as long as one after the other, where they else take three quarters.
+        if (number > 1 && distance % 4096 == 0) return Order::by_row;
+        if (!call.streaming) return Order::together;
+        return distance % 64 == 0 && to_line(dx) == 0 ? Order::together_streaming : Order::by_row;
     }
 
-    // The same for any number of rows, as many at a time as registers hold the coefficients of.
+    // One of the rows that are written together.
     template <class F>
-    void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
-               int64_t ahead, F* dweight, F* dbias) const {
-        constexpr int some = std::is_same_v<F, double> ? 2 : 4;
-        bool streaming = call.streaming && call.dx.sample * sizeof(T) % 64 == 0;
-        streaming = streaming && to_line(call.dx.at<T>(sample, group * rows.channels + first)) == 0;
-        for (int64_t at = 0; at < width; at += segment) {
-            const int64_t length = std::min(segment, width - at);
-            auto these = [&](int64_t r, auto count) {
-                constexpr int n = decltype(count)::value;
-                if (streaming)
-                    write<F, n, true>(sample + r, group, first + at, length, k + r, ahead, dweight + at, dbias + at);
-                else
-                    write<F, n, false>(sample + r, group, first + at, length, k + r, ahead, dweight + at, dbias + at);
-            };
-            int64_t r = 0;
-            for (; r + some <= number; r += some) these(r, std::integral_constant<int, some>{});
-            for (; r < number; ++r) these(r, std::integral_constant<int, 1>{});
+    struct Row {
+        const T *dy, *x;
+        T* dx;
+        Pack<F> pivot, rstd, shift, of_x_hat, constant;
+
+        template <class Count>
+        [[gnu::always_inline]] Pack<F> x_hat(int64_t i, Count count) const {
+            return fma(load_filled<F>(x + i, count) - pivot, rstd, shift);
         }
-    }
-
-    // Sums of columns in E, taken over into doubles before its rounding errors show; in double those themselves.
-    struct Totals {
-        double *dweight, *dbias;
-        std::vector<E> of_weight, of_bias;
-
-        Totals(double* dweight, double* dbias, int64_t width)
-            : dweight(dweight), dbias(dbias), of_weight(std::is_same_v<E, double> ? 0 : width),
-              of_bias(of_weight.size()) {}
-        E* weight() { return in_place(dweight, of_weight); }
-        E* bias() { return in_place(dbias, of_bias); }
-        void flush() {
-            for (size_t j = 0; j < of_weight.size(); ++j) {
-                dweight[j] += double(of_weight[j]), dbias[j] += double(of_bias[j]);
-                of_weight[j] = of_bias[j] = E(0);
-            }
-        }
-
-    private:
-        static E* in_place(double* total, std::vector<E>& own) {
-            if constexpr (std::is_same_v<E, double>)
-                return total;
-            else
-                return own.data();
+        template <class Count>
+        [[gnu::always_inline]] Pack<F> gradient(Pack<F> of_y, Pack<F> x_hat, const F* weight, Count count) const {
+            return fma(of_y * rstd, load<F>(weight, count), fma(x_hat, of_x_hat, constant));
         }
     };
 
-    // As `write`, in double where a row needs it. The totals begin with the column of element `origin` of the sample.
-    void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
-               int64_t ahead, Totals& totals, int64_t origin) const {
-        const int64_t column = group * rows.channels + first, at = column - origin;
-        if constexpr (!std::is_same_v<E, double>) {
-            bool tame = weight.tame();
-            for (int64_t r = 0; r < number; ++r)
-                tame = tame && is_tame(k[r]) && is_tame_run(call.dy.at<const T>(sample + r, column), width);
-            if (!tame) {
-                write<double>(number, sample, group, first, width, k, ahead, totals.dweight + at, totals.dbias + at);
-                return;
+    // The elements from j of some rows, `packs` packs of them. `dy_ahead` and `x_ahead` are the distances to what this thread
+    // reads next, or 0.
+    template <int packs, Order order, class F, class Count>
+    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const F* weight, int64_t j, Count count,
+                                                   int64_t dy_ahead, int64_t x_ahead, double* dweight, double* dbias) {
+        Pack<F> a[packs], b[packs];
+        for (int p = 0; p < packs; ++p) a[p] = b[p] = Pack<F>(0);
+        for (int64_t r = 0; r < number; ++r) {
+            const Row<F>& row = some[r];
+            if (dy_ahead)
+                for (int64_t line = 0; line < packs * lanes; line += int64_t(64 / sizeof(T))) {
+                    prefetch(row.dy + dy_ahead + j + line);
+                    prefetch(row.x + x_ahead + j + line);
+                }
+            for (int p = 0; p < packs; ++p) {
+                const int64_t i = j + p * lanes;
+                const Pack<F> dy = load<F>(row.dy + i, count), x_hat = row.x_hat(i, count);
+                a[p] = fma(dy, x_hat, a[p]);
+                b[p] = b[p] + dy;
+                if constexpr (order == Order::by_row) continue;
+                const Pack<F> dx = row.gradient(dy, x_hat, weight + i, count);
+                if constexpr (order == Order::together_streaming && std::is_same_v<Count, Full>)
+                    stream(row.dx + i, dx);
+                else
+                    store(row.dx + i, dx, count);
             }
         }
-        write<E>(number, sample, group, first, width, k, ahead, totals.weight() + at, totals.bias() + at);
+        for (int p = 0; p < packs; ++p) {
+            const int64_t i = j + p * lanes;
+            store(dweight + i, load<double>(dweight + i, count) + widened(a[p]), count);
+            store(dbias + i, load<double>(dbias + i, count) + widened(b[p]), count);
+        }
+    }
+
+    // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread does next,
+    // or 0.
+    template <class F, Order order>
+    [[gnu::flatten]] void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
+                                   const RowCoefficients* k, int64_t ahead, double* dweight, double* dbias) const {
+        constexpr int packs = std::max(1, 4 / Pack<F>::parts);
+        const int64_t column = group * rows.channels + first;
+        Row<F> some[group_size];
+        for (int64_t r = 0; r < number; ++r) {
+            const Mean<F> mean(k[r].mean);
+            some[r] = {call.dy.at<const T>(sample + r, column), call.x.at<const T>(sample + r, column),
+                       call.dx.at<T>(sample + r, column), Pack<F>(mean.rounded), Pack<F>(F(k[r].rstd)),
+                       Pack<F>(F(mean.constant(k[r].rstd, 0))), Pack<F>(F(k[r].of_x_hat)), Pack<F>(F(k[r].constant))};
+        }
+        const F* w = weight_of<F>(column);
+        const int64_t dy_ahead = order == Order::by_row ? 0 : ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
+        int64_t j = 0;
+        for (; j + packs * lanes <= width; j += packs * lanes)
+            write_packs<packs, order>(some, number, w, j, Full{}, dy_ahead, x_ahead, dweight, dbias);
+        for (; j + lanes <= width; j += lanes) write_packs<1, order>(some, number, w, j, Full{}, 0, 0, dweight, dbias);
+        if (j < width) write_packs<1, order>(some, number, w, j, width - j, 0, 0, dweight, dbias);
+        if constexpr (order == Order::by_row)
+            for (int64_t r = 0; r < number; ++r) {
+                const Row<F> row = some[r];
+                const T* next_x = ahead ? row.x + x_ahead : nullptr;
+                write_run(row.dx, width, Writing{call.streaming}, ahead ? row.dy + ahead * call.dy.sample : nullptr,
+                          [=](int64_t i, auto count, auto) __attribute__((always_inline)) {
+                              if constexpr (std::is_same_v<decltype(count), Full>)
+                                  if (next_x) prefetch(next_x + i);
+                              return row.gradient(load<F>(row.dy + i, count), row.x_hat(i, count), w + i, count);
+                          });
+            }
+    }
+
+    // The same, in double where a row needs it.
+    void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
+               int64_t ahead, double* dweight, double* dbias) const {
+        const Order order = order_of(number, call.dx.at<T>(sample, group * rows.channels + first));
+        const bool tame = weight.tame() && std::all_of(k, k + number, [](const RowCoefficients& row) { return is_tame<E>(row); });
+        computed<T>(tame, [&](auto f) {
+            using F = decltype(f);
+            const auto in = order == Order::by_row               ? &ElementsBackward::write_in<F, Order::by_row>
+                            : order == Order::together_streaming ? &ElementsBackward::write_in<F, Order::together_streaming>
+                                                                 : &ElementsBackward::write_in<F, Order::together>;
+            (this->*in)(number, sample, group, first, width, k, ahead, dweight, dbias);
+        });
     }
 
     // All of the rows of some samples and groups.
     void run(int64_t begin, int64_t end, int64_t group, int64_t end_group, double* dweight, double* dbias) const {
-        const int64_t origin = group * rows.channels;
-        Totals totals(dweight, dbias, (end_group - group) * rows.channels);
-        const int64_t bundle = std::bit_floor(uint64_t(rows_in_cache<T>(rows.channels)));
+        const int64_t bundle = std::bit_floor(uint64_t(rows_in_cache<T>(rows.channels, group_size)));
         for (int64_t sample = begin; sample < end; sample += bundle) {
             const int64_t number = std::min(bundle, end - sample);
             const int64_t ahead = rows.groups == 1 && sample + 2 * bundle <= end ? bundle : 0;
             for (int64_t g = group; g < end_group; ++g) {
-                RowCoefficients k[rows_at_once];
+                RowCoefficients k[group_size];
                 for (int64_t r = 0; r < number; ++r) k[r] = coefficients(sample + r, g);
-                write(number, sample, g, 0, rows.channels, k, ahead, totals, origin);
+                const int64_t column = (g - group) * rows.channels;
+                write(number, sample, g, 0, rows.channels, k, ahead, dweight + column, dbias + column);
             }
-            if ((sample - begin + bundle) % rows_per_chunk<float> == 0) totals.flush();
         }
-        totals.flush();
         if (call.streaming) finish_streaming();
     }
 
@@ -272,13 +249,9 @@ struct ElementsBackward {
         }
         parallel_for((rows.channels + piece - 1) / piece, bytes(), [&](int64_t item) {
             const int64_t first = item * piece, width = std::min(piece, rows.channels - first);
-            Totals totals(call.dweight + first, call.dbias + first, width);
-            for (int64_t sample = 0; sample < rows.samples; sample += rows_at_once) {
-                write(std::min<int64_t>(rows_at_once, rows.samples - sample), sample, 0, first, width, &k[sample], 0,
-                      totals, first);
-                if ((sample + rows_at_once) % rows_per_chunk<float> == 0) totals.flush();
-            }
-            totals.flush();
+            for (int64_t sample = 0; sample < rows.samples; sample += group_size)
+                write(std::min<int64_t>(group_size, rows.samples - sample), sample, 0, first, width, &k[sample], 0,
+                      call.dweight + first, call.dbias + first);
             if (call.streaming) finish_streaming();
         });
     }

@@ -10,22 +10,19 @@ namespace arraynorm::ARRAYNORM_ISA {
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part, bool more) {
+[[gnu::flatten]] void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part, bool more) {
     const int64_t first = row % call.rows.groups * call.rows.channels;
     const T* row_x = start_of<const T>(call.rows, call.x, row);
     const T* next = more ? start_of<const T>(call.rows, call.x, row + 1) : nullptr;
     T* row_y = start_of<T>(call.rows, call.y, row);
     const Mean<E> mean(call.mean[row]);
-    blocks.blocks_of(part, [&](int64_t block) {
-        blocks.visit(block, [&](int64_t run, int64_t i, int64_t length) {
-            const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
-            const Pack<E> scale(E(call.rstd[row] * value_or(call.weight, first + run, 1))),
-                shift(E(value_or(call.bias, first + run, 0)));
-            write_run(row_y + run * call.y.channel + i, length, Writing{call.streaming}, ahead,
-                      [=](int64_t j, auto count) {
-                          return fma(mean.deviation(load<E>(x + j, count)), scale, shift);
-                      });
-        });
+    const Pack<E> pivot(mean.rounded);
+    blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) {
+        const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
+        const double of_x = call.rstd[row] * value_or(call.weight, first + run, 1);
+        const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, value_or(call.bias, first + run, 0))));
+        write_run(row_y + run * call.y.channel + i, length, Writing{call.streaming}, ahead,
+                  [=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); });
     });
     if (call.streaming) finish_streaming();
 }
@@ -38,76 +35,73 @@ void forward_planes(const RowNormForward& call) {
     auto tame = [&](int64_t row) {
         const int64_t first = row % rows.groups * rows.channels;
         for (int64_t k = first; k < first + rows.channels; ++k)
-            if (!is_tame(call.mean[row], call.rstd[row] * value_or(call.weight, k, 1))) return false;
+            if (!is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, k, 1))) return false;
         return true;
     };
     over_sets<Moments>(
-        rows.count(), blocks.parts(), 2 * rows.elements() * sizeof(T), true, true,
+        rows.count(), blocks.parts(), 2 * rows.elements() * sizeof(T), true,
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
         [&](int64_t row, int64_t part, bool more) {
-            if (std::is_same_v<E, double> || tame(row))
-                write_planes<T, E>(call, blocks, row, part, more);
-            else
-                write_planes<T, double>(call, blocks, row, part, more);
+            computed<T>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, more); });
         });
 }
 
 // -- backward -------------------------------------------------------------------------------------------------
 
+// The blocks are those of one channel's run.
 template <class T, class E>
-Sums piece_sums(const T* dy, const T* x, double row_mean, int64_t length) {
+[[gnu::flatten]] Sums channel_part_sums_in(const T* channel_dy, const T* channel_x, double row_mean, const Blocks& blocks,
+                                           int64_t part) {
     const Mean<E> mean(row_mean);
-    Accumulators<E> sums;
-    sums.run(length, [&](Pack<E>& s, Pack<E>& q, int64_t j, auto count) {
-        const Pack<E> g = load<E>(dy + j, count);
-        s = s + g;
-        q = fma(g, mean.deviation(load_filled<E>(x + j, count)), q);
+    const Pack<E> pivot(mean.rounded);
+    Accumulators accumulators;
+    blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) __attribute__((always_inline)) {
+        const T *dy = channel_dy + i, *x = channel_x + i;
+        accumulators.run(
+            length,
+            [=](int64_t j, auto count) __attribute__((always_inline)) {
+                const Pack<E> g = load<E>(dy + j, count);
+                return Terms<E>{g, g, load_filled<E>(x + j, count) - pivot};
+            },
+            dy, x);
     });
-    return sums.total();
+    Sums sums = accumulators.total();
+    sums.second = mean.constant(sums.first, sums.second);
+    return sums;
 }
 
-// The blocks are those of one channel's run.
 template <class T>
 Sums channel_part_sums(
     const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel, int64_t part) {
-    using E = Summation;
+    using E = Computation<T>;
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
-    const double mean = call.mean[row];
-    const bool tame = std::is_same_v<E, double> || is_tame(mean, call.rstd[row]);
-    Sums total;
-    blocks.blocks_of(part, [&](int64_t block) {
-        blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
-            if (tame) {
-                const Sums sums = piece_sums<T, E>(dy + i, x + i, mean, length);
-                if (is_representable<E>(sums)) return total.add(sums);
-            }
-            total.add(piece_sums<T, double>(dy + i, x + i, mean, length));
-        });
-    });
-    return total;
+    if (is_tame<E>(call.mean[row], call.rstd[row])) {
+        const Sums sums = channel_part_sums_in<T, E>(dy, x, call.mean[row], blocks, part);
+        if (is_representable<E>(sums)) return sums;
+    }
+    return channel_part_sums_in<T, double>(dy, x, call.mean[row], blocks, part);
 }
 
 // `next` is the channel, counted over all samples, that this thread does next; perhaps the same.
 template <class T, class E>
-void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale, const Blocks& blocks,
-                   int64_t sample, int64_t channel, int64_t part, int64_t next) {
+[[gnu::flatten]] void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale, const Blocks& blocks,
+                                    int64_t sample, int64_t channel, int64_t part, int64_t next) {
     const int64_t next_sample = next / call.rows.parameters(), next_channel = next % call.rows.parameters();
     const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
     const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
                   x_ahead = call.x.at<const T>(next_sample, next_channel) - all_x;
     const Mean<E> mean(k.mean);
-    const Pack<E> of_dy{E(scale)}, of_deviation(E(k.of_deviation)), constant(E(k.constant));
-    blocks.blocks_of(part, [&](int64_t block) {
-        blocks.visit(block, [&](int64_t, int64_t i, int64_t length) {
-            const T *dy = all_dy + i, *x = all_x + i;
-            write_run(call.dx.at<T>(sample, channel) + i, length, Writing{call.streaming},
-                      dy_ahead ? dy + dy_ahead : nullptr, [=](int64_t j, auto count) {
+    const Pack<E> pivot(mean.rounded), of_dy{E(scale)}, of_deviation(E(k.of_deviation())),
+        constant(E(mean.constant(k.of_deviation(), k.constant)));
+    blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) {
+        const T *dy = all_dy + i, *x = all_x + i;
+        write_run(call.dx.at<T>(sample, channel) + i, length, Writing{call.streaming}, dy_ahead ? dy + dy_ahead : nullptr,
+                  [=](int64_t j, auto count, auto) {
+                      if constexpr (std::is_same_v<decltype(count), Full>)
                           if (x_ahead) prefetch(x + x_ahead + j);
-                          const Pack<E> deviation = mean.deviation(load<E>(x + j, count));
-                          return fma(load<E>(dy + j, count), of_dy, fma(deviation, of_deviation, constant));
-                      });
-        });
+                      return fma(load<E>(dy + j, count), of_dy, fma(load<E>(x + j, count) - pivot, of_deviation, constant));
+                  });
     });
 }
 
@@ -125,10 +119,9 @@ void backward_planes(const RowNormBackward& call) {
         const int64_t next = sample * parameters + channel + ahead * rows.channels;
         const RowCoefficients& k = sums.coefficients(row);
         const double scale = k.rstd * value_or(call.weight, channel, 1);
-        if (std::is_same_v<E, double> || (is_tame(k.mean, scale) && is_tame(k.constant, k.of_deviation)))
-            write_channel<T, E>(call, k, scale, blocks, sample, channel, part, next);
-        else
-            write_channel<T, double>(call, k, scale, blocks, sample, channel, part, next);
+        computed<T>(is_tame<E>(k.mean, scale) && is_tame<E>(k.constant, k.of_deviation()), [&](auto e) {
+            write_channel<T, decltype(e)>(call, k, scale, blocks, sample, channel, part, next);
+        });
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
         const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));

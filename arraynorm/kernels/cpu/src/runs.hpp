@@ -5,21 +5,18 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "simd.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-// The type that results in T are computed in. Sixteen-bit formats have so few digits that float's errors don't show in
-// one; float32 results are right to half an ulp only from double.
+// The type that deviations, products and results are computed in; results in T are rounded to T in any case. Sums and
+// statistics are in double.
 template <class T>
-using Computation = std::conditional_t<sizeof(T) == 2, float, double>;
+using Computation = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The type of sums: what they make, statistics, buffers and parameters' gradients, is in float32 at least.
-using Summation = double;
-
-// Elements between two additions to a double: 4096 are 8 KiB of float16 to 32 KiB of double, so that a second look at
-// them, where it is needed, hits the first-level cache.
+// Elements between two places where a set may be cut: 4096 are 8 KiB of float16 to 32 KiB of double.
 inline constexpr int64_t chunk_size = 4096;
 
 struct Full {};  // a whole pack, where a number of elements may stand
@@ -42,50 +39,19 @@ template <class E, class T, class Count>
         return load<E>(p, count, *p);
 }
 
-// A mean, to be subtracted without being rounded: in float it is a pair, for a rounded mean would make the deviations
-// wrong by its rounding error.
+// A mean as loops subtract it, and what that leaves out. A rounded mean alone would make all deviations wrong by its rounding
+// error: `rest` is made up for where sums end and in the constant that a map adds, both in double.
 template <class E>
 struct Mean {
-    Pack<E> high, low;
-    explicit Mean(double mean) : high(E(mean)), low(E(mean - double(E(mean)))) {}
-    [[gnu::always_inline]] Pack<E> deviation(Pack<E> x) const {
-        if constexpr (std::is_same_v<E, double>)
-            return x - high;
-        else
-            return (x - high) - low;
-    }
+    E rounded;
+    double rest;
+    explicit Mean(double mean) : rounded(E(mean)), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
+
+    // The constant of (x - mean) * scale + constant, where x - rounded stands for x - mean.
+    double constant(double scale, double constant) const { return rest == 0 ? constant : constant - rest * scale; }
 };
 
-// -- moments --------------------------------------------------------------------------------------------------
-
-// Of n values: their mean, as a distance from a pivot, and the sum of their squared deviations from it. The mean itself,
-// rounded, would be wrong by more than the deviations of values that lie close together far from zero.
-struct Moments {
-    double n = 0, pivot = 0, shift = 0, m2 = 0;
-
-    double mean() const { return pivot + shift; }
-
-    // What another part of so many values weighs in the union.
-    struct Weights {
-        double total, of_delta, of_square;
-        Weights(double n, double other) : total(n + other), of_delta(other / total), of_square(n * of_delta) {}
-    };
-
-    // Chan, Golub & LeVeque 1979, equation 1.5: no square of a mean is subtracted, equal constants merge to themselves.
-    void add(const Moments& other) {
-        if (other.n != 0) add(other, Weights(n, other.n));
-    }
-    void add(const Moments& other, const Weights& weights) {
-        if (n == 0) {
-            *this = other;
-            return;
-        }
-        const double delta = (other.pivot - pivot) + (other.shift - shift);
-        shift += delta * weights.of_delta;
-        m2 += other.m2 + delta * delta * weights.of_square;
-        n = weights.total;
-    }
-};
+// -- sums -----------------------------------------------------------------------------------------------------
 
 struct Sums {
     double first = 0, second = 0;
@@ -96,52 +62,117 @@ struct Sums {
     }
 };
 
-// Two sums over packs, in as many accumulators as hide the latency of an addition.
+// What some elements add to two sums: `first`, and a * b.
 template <class E>
-struct Accumulators {
-    static constexpr int unroll = 4 / Pack<E>::parts > 1 ? 4 / Pack<E>::parts : 2;
-    Pack<E> first[unroll], second[unroll];
+struct Terms {
+    Pack<E> first, a, b;
+};
 
-    Accumulators() {
-        for (int k = 0; k < unroll; ++k) first[k] = second[k] = Pack<E>(0);
+// Packs that are added up in E on their way to a sum in double: so few that their rounding errors, which are those of four
+// additions, have random signs and as many as there are groups, are far below the error of one float.
+inline constexpr int group_size = 8;
+
+// Two sums of packs in E.
+template <class E>
+struct Partial {
+    Pack<E> first, second;
+    [[gnu::always_inline]] explicit Partial(const Terms<E>& t) : first(t.first), second(t.a * t.b) {}
+    [[gnu::always_inline]] void add(const Terms<E>& t) {
+        first = first + t.first;
+        second = fma(t.a, t.b, second);
     }
+};
 
-    // add(first, second, i, count) adds the elements from i
-    template <class Add>
-    void run(int64_t n, Add add) {
+// Two sums over runs.
+class Accumulators {
+public:
+    // terms(i, count) are those of the elements from i, zero past count; they are read from `streams`.
+    template <class TermsOf, class... T>
+    [[gnu::always_inline]] void run(int64_t n, TermsOf terms, const T*... streams) {
         int64_t i = 0;
-        for (; i + unroll * lanes <= n; i += unroll * lanes)
-            for (int k = 0; k < unroll; ++k) add(first[k], second[k], i + k * lanes, Full{});
-        for (; i + lanes <= n; i += lanes) add(first[0], second[0], i, Full{});
-        if (i < n) add(first[0], second[0], i, n - i);
+        for (; i + group_size * lanes <= n; i += group_size * lanes) {
+            (fetch(further_on(streams + i)), ...);
+            Partial even(terms(i, Full{})), odd(terms(i + lanes, Full{}));
+            for (int k = 2; k < group_size; k += 2) {
+                even.add(terms(i + k * lanes, Full{}));
+                odd.add(terms(i + (k + 1) * lanes, Full{}));
+            }
+            add(even.first + odd.first, even.second + odd.second);
+        }
+        for (; i + lanes <= n; i += lanes) add(Partial(terms(i, Full{})));
+        if (i < n) add(Partial(terms(i, n - i)));
     }
 
-    Sums total() const {
-        Pack<E> a = first[0], b = second[0];
-        for (int k = 1; k < unroll; ++k) a = a + first[k], b = b + second[k];
-        return {sum(a), sum(b)};
+    Sums total() const { return {sum(first_), sum(second_)}; }
+
+private:
+    template <class E>
+    [[gnu::always_inline]] void add(Pack<E> first, Pack<E> second) {
+        first_ = first_ + widened(first);
+        second_ = second_ + widened(second);
+    }
+    template <class E>
+    [[gnu::always_inline]] void add(const Partial<E>& partial) {
+        add(partial.first, partial.second);
+    }
+    template <class T>
+    [[gnu::always_inline]] static void fetch(const T* p) {
+        for (int64_t i = 0; i < group_size * lanes; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i, 0, 3);
+    }
+
+    Pack<double> first_{0.0}, second_{0.0};
+};
+
+// The elements of which there are `count`; zero past those.
+template <class E, class Count>
+[[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Count count) {
+    if constexpr (std::is_same_v<Count, Full>) {
+        return a;
+    } else {
+        E padded[lanes] = {};
+        std::memcpy(padded, &a, count * sizeof(E));
+        std::memcpy(&a, padded, sizeof padded);
+        return a;
+    }
+}
+
+// -- moments --------------------------------------------------------------------------------------------------
+
+// Of n values: their mean, as a distance from a pivot, and the sum of their squared deviations from it. The mean itself,
+// rounded, would be wrong by more than the deviations of values that lie close together far from zero.
+struct Moments {
+    double n = 0, pivot = 0, shift = 0, m2 = 0;
+
+    double mean() const { return pivot + shift; }
+
+    // Chan, Golub & LeVeque 1979, equation 1.5: no square of a mean is subtracted, equal constants merge to themselves.
+    void add(const Moments& other) {
+        if (other.n == 0) return;
+        if (n == 0) {
+            *this = other;
+            return;
+        }
+        const double total = n + other.n, delta = (other.pivot - pivot) + (other.shift - shift);
+        shift += delta * (other.n / total);
+        m2 += other.m2 + delta * delta * (n * (other.n / total));
+        n = total;
     }
 };
 
 // Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length) for each.
 template <class E, class T, class Runs>
-inline Sums sums_about(E pivot, const Runs& runs) {
+[[gnu::flatten]] Sums sums_about(E pivot, const Runs& runs) {
     const Pack<E> k(pivot);
-    Accumulators<E> sums;
-    runs([&](const T* x, int64_t n) {
-        sums.run(n, [&](Pack<E>& s, Pack<E>& q, int64_t i, auto count) {
-            Pack<E> d;
-            if constexpr (std::is_same_v<decltype(count), Full>) {
-                d = load<E>(x + i) - k;
-            } else {
-                E padded[lanes] = {};  // of the deviations, for a pivot that T can't hold
-                Pack<E> whole = load<E>(x + i, count) - k;
-                std::memcpy(padded, &whole, count * sizeof(E));
-                std::memcpy(&d, padded, sizeof d);
-            }
-            s = s + d;
-            q = fma(d, d, q);
-        });
+    Accumulators sums;
+    runs([&](const T* x, int64_t n) __attribute__((always_inline)) {
+        sums.run(
+            n,
+            [=](int64_t i, auto count) __attribute__((always_inline)) {
+                // of the deviations, for a pivot that T can't hold
+                const Pack<E> d = first_of(load<E>(x + i, count) - k, count);
+                return Terms<E>{d, d, d};
+            },
+            x);
     });
     return sums.total();
 }
@@ -149,41 +180,33 @@ inline Sums sums_about(E pivot, const Runs& runs) {
 // Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot.
 template <class E>
 inline bool is_reliable(Sums sums, double n) {
-    const bool in_range =
-        std::is_same_v<E, double> || sums.second == 0 || (sums.second > 1e-25 && sums.second < 1e30);
+    const bool in_range = std::is_same_v<E, double> || sums.second == 0 || (sums.second > 1e-25 && sums.second < 1e30);
     return in_range && sums.first * sums.first <= 0.75 * n * sums.second;
 }
 
 // Where sums of deviations start from: the mean of the first elements, up to eight of them. A power of two, so that the
 // mean of equal elements is exactly that element.
-inline int64_t number_of_pivots(int64_t n, int64_t most) {
+inline int64_t number_of_pivots(int64_t n) {
     int64_t number = 1;
-    while (2 * number <= std::min(n, most)) number *= 2;
+    while (2 * number <= std::min<int64_t>(n, 8)) number *= 2;
     return number;
 }
 
+// As T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for long; from
+// any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
 template <class T>
-inline double pivot_of(const T* x, int64_t n) {
-    const int64_t number = number_of_pivots(n, 8);
+inline double pivot_of(const T* x, int64_t n, int64_t distance = 1) {
+    const int64_t number = number_of_pivots(n);
     double sum = 0;
-    for (int64_t i = 0; i < number; ++i) sum += double(to_float(x[i]));
-    return sum / double(number);
-}
-
-// A pivot as T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for
-// long; from any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
-template <class T, class E>
-[[gnu::always_inline]] inline Pack<E> representable(Pack<E> pivots) {
-    T stored[lanes];
-    store(stored, pivots);
-    return load<E>(stored);
-}
-template <class T, class E>
-inline E representable(E pivot) {
-    const Pack<E> pivots = representable<T>(Pack<E>(pivot));
-    E first;
-    std::memcpy(&first, &pivots, sizeof first);
-    return first;
+    for (int64_t i = 0; i < number; ++i) sum += double(to_float(x[i * distance]));
+    sum /= double(number);
+    if constexpr (sizeof(T) == 2) {
+        T stored[lanes];
+        store(stored, Pack<float>(float(sum)));
+        return to_float(stored[0]);
+    } else {
+        return double(T(sum));
+    }
 }
 
 // The moments of n elements in two passes in double: about `first`, one of them, then about the mean that this gives.
@@ -198,11 +221,18 @@ Moments two_pass_moments(double n, double first, const Runs& runs) {
     return {n, mean, std::isfinite(mean) ? sums.first / n : 0, m2};
 }
 
-// The moments of the n elements of a block's runs, in one pass about a pivot; or in two, should that lie far from the
-// rest. Equal elements deviate by exactly zero at any magnitude.
+// The moments that n elements have by their sums about a pivot; or by two passes, should that lie far from the rest or a
+// square be out of E's range. Equal elements deviate by exactly zero at any magnitude.
+template <class E, class T, class Runs>
+inline Moments moments_by(Sums sums, double pivot, double n, const T* first, const Runs& runs) {
+    if (!is_reliable<E>(sums, n)) return two_pass_moments<T>(n, double(to_float(*first)), runs);
+    return {n, pivot, sums.first / n, sums.second - sums.first * sums.first / n};
+}
+
+// The moments of the elements of some runs.
 template <class T, class Runs>
 inline Moments moments_of(const Runs& runs) {
-    using E = Summation;
+    using E = Computation<T>;
     const T* first = nullptr;
     int64_t n = 0, first_length = 0;
     runs([&](const T* run, int64_t length) {
@@ -210,10 +240,8 @@ inline Moments moments_of(const Runs& runs) {
         n += length;
     });
     if (n == 0) return {};
-    const E pivot = representable<T>(E(pivot_of(first, first_length)));
-    const Sums sums = sums_about<E, T>(pivot, runs);
-    if (!is_reliable<E>(sums, double(n))) return two_pass_moments<T>(double(n), double(to_float(*first)), runs);
-    return {double(n), double(pivot), sums.first / double(n), sums.second - sums.first * sums.first / double(n)};
+    const double pivot = pivot_of(first, first_length);
+    return moments_by<E>(sums_about<E, T>(E(pivot), runs), pivot, double(n), first, runs);
 }
 
 // 1 / sqrt(var + eps), and 0 where that is 1/0: a set without deviation normalizes to zero.
@@ -222,10 +250,15 @@ inline double reciprocal_std(double var, double eps) {
     return v == 0 ? 0 : 1 / std::sqrt(v);
 }
 
-// Whether (x - mean) * scale can be computed in float, for any x of which these are statistics.
+// -- what fits float ------------------------------------------------------------------------------------------
+
+// Whether (x - mean) * scale can be computed in E, for any x of which these are statistics. Where it is NaN, any E will do:
+// whoever shares the decision with a NaN is not to notice.
+template <class E>
 inline bool is_tame(double mean, double scale) {
     const double size = std::abs(scale);
-    return std::abs(mean) < 1e15 && (size == 0 || (size > 1e-15 && size < 1e15));
+    return std::is_same_v<E, double> || std::isnan(scale) ||
+           (std::abs(mean) < 1e15 && (size == 0 || (size > 1e-15 && size < 1e15)));
 }
 
 // Whether sums of products in E have neither overflowed nor underflowed.
@@ -234,6 +267,13 @@ inline bool is_representable(Sums sums) {
     if (std::is_same_v<E, double>) return true;
     const double size = std::abs(sums.second);
     return std::isfinite(sums.first) && size < 1e30 && (size == 0 || size > 1e-30);
+}
+
+// f(E{}) where E will do for results in T, else f(double{}).
+template <class T, class F>
+inline auto computed(bool tame, F f) {
+    using E = Computation<T>;
+    return tame ? f(E{}) : f(double{});
 }
 
 // -- writing --------------------------------------------------------------------------------------------------
@@ -249,31 +289,35 @@ struct Writing {
     bool streaming;  // around the cache: where input and output exceed it, for then a cached store reads what it replaces
 };
 
-// y[i] = value(i, count) for i in [0, n). `ahead`, which may be null, is what this thread will read next: as many bytes
-// of it are fetched while the stores of this run keep the memory busy.
+// y[i] = value(i, count, streams) for i in [0, n); `streams` tells whether y's elements go around the cache. `ahead`, which
+// may be null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
+// memory busy.
 template <class T, class Value>
-inline void write_run(T* y, int64_t n, Writing how, const void* ahead, Value value) {
+[[gnu::always_inline]] inline void write_run(T* y, int64_t n, Writing how, const void* ahead, Value value) {
     constexpr int64_t line = 64 / sizeof(T), packs = line / lanes;
+    constexpr std::true_type streams;
+    constexpr std::false_type stays;
     const char* next = static_cast<const char*>(ahead);
     int64_t i = 0;
     if (how.streaming && n >= 4 * line) {
         for (const int64_t head = to_line(y); i < head;) {
             const int64_t count = std::min<int64_t>(lanes, head - i);
-            store(y + i, value(i, count), count);
+            store(y + i, value(i, count, stays), count);
             i += count;
         }
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
-            for (int k = 0; k < packs; ++k) stream(y + i + k * lanes, value(i + k * lanes, Full{}));
+            for (int k = 0; k < packs; ++k) stream(y + i + k * lanes, value(i + k * lanes, Full{}, streams));
         }
     } else {
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
-            for (int k = 0; k < packs; ++k) store(y + i + k * lanes, value(i + k * lanes, Full{}));
+            prefetch_to_write(further_on(y + i));
+            for (int k = 0; k < packs; ++k) store(y + i + k * lanes, value(i + k * lanes, Full{}, stays));
         }
     }
-    for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}));
-    if (i < n) store(y + i, value(i, n - i), n - i);
+    for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}, stays));
+    if (i < n) store(y + i, value(i, n - i, stays), n - i);
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

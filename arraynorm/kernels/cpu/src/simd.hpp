@@ -115,6 +115,18 @@ typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
     return r;
 }
 
+[[gnu::always_inline]] inline Pack<double> widened(Pack<float> a) {
+#if defined(__AVX__)
+    Pack<double> r;
+    r.part[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(a.part[0]));
+    r.part[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a.part[0], 1));
+    return r;
+#else
+    return widened(reinterpret_cast<const float*>(&a));
+#endif
+}
+[[gnu::always_inline]] inline Pack<double> widened(Pack<double> a) { return a; }
+
 [[gnu::always_inline]] inline Pack<float> narrowed(Pack<double> a) {
     Pack<float> r;
 #if defined(__AVX__)
@@ -267,8 +279,19 @@ template <class T, class E>
 #endif
 }
 
-// Into the level-2 cache, for a thread that will soon read there.
+// Into the level-2 cache, for a thread that will soon read there; any address will do, past the end of an array too.
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// For this thread, which will soon write there.
+[[gnu::always_inline]] inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+
+// What a loop that reads on from p comes to some 30 cache lines later. One that computes as it reads is otherwise held up by
+// memory: the hardware's own prefetching stops at every page of 4 KiB.
+inline constexpr int64_t bytes_ahead = 2048;
+template <class T>
+[[gnu::always_inline]] inline const T* further_on(const T* p) {
+    return p + bytes_ahead / int64_t(sizeof(T));
+}
 
 // -- bits -----------------------------------------------------------------------------------------------------
 
