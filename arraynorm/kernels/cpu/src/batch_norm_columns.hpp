@@ -174,19 +174,19 @@ void forward_columns(const BatchNormForward& call) {
 
 template <class T, class Mask>
 void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* total) {
-    const int64_t all = call.volume.c * tile.s * tile.repeat, of_dy = call.dy.sample * tile.repeat;
-    const T *dy = call.dy.at<const T>(tile.row, tile.first), *x = call.x.at<const T>(tile.row, tile.first);
+    const int64_t all = call.volume.c * tile.s * tile.repeat;
     const Mask mask(call.mask, (tile.row * call.volume.c + tile.first) * tile.s);
     bool tame = true;
     for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
         tame = tame && is_tame<Computation<T>>(call.mean[c], call.rstd[c]);
+    auto stream = [&](const Tensor& tensor) {
+        return Stream<T>{tensor.at<const T>(tile.row, tile.first), tensor.sample * tile.repeat};
+    };
     channel_sums(
-        x, call.x.sample * tile.repeat, tile.rows, tile.all(), tile.s, tame,
+        stream(call.dy), stream(call.x), tile.rows, tile.all(), tile.s, tame,
         [&](int64_t c) { return call.mean[tile.channel(c)]; },
-        [=](int64_t row, int64_t j, auto count, auto e) __attribute__((always_inline)) {
-            fetch_row(dy + (row + group_size) * of_dy + j);
-            return mask.gate(row * all + j, load<decltype(e)>(dy + row * of_dy + j, count), count);
-        },
+        [=](auto dy, int64_t row, int64_t j, auto count)
+            __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); },
         [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
 }
 

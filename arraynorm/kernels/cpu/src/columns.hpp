@@ -38,35 +38,44 @@ inline constexpr int line_packs = std::max<int>(1, 64 / int(sizeof(T)) / lanes);
 
 // -- sums -----------------------------------------------------------------------------------------------------
 
+// What the terms of sums are read from: where it begins, and how far its rows lie apart.
+template <class T>
+struct Stream {
+    const T* start;
+    int64_t distance;
+};
+
 // Sums of columns: two for each.
 struct ColumnSums {
     std::vector<double> first, second;
     explicit ColumnSums(int64_t width) : first(width), second(width) {}
 
-    // Adds terms(row, j, count), in E, for all rows and columns. T is what is read.
-    template <class T, class E, class TermsOf>
-    [[gnu::always_inline]] void add(int64_t rows, int64_t width, TermsOf terms) {
+    // Adds terms(row, j, count), in E, for all rows and columns.
+    template <class E, class TermsOf, class T, class... More>
+    [[gnu::always_inline]] void add(int64_t rows, int64_t width, TermsOf terms, Stream<T> stream, More... more) {
         over_rows<group_size, line_packs<T>>(
             rows, width,
             [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
-                if constexpr (number.value == 1) {
-                    for (int p = 0; p < packs.value; ++p) keep(Partial<E>(terms(row, j + p * lanes, count)), j + p * lanes, count);
-                } else {
-                    Pack<E> first[packs.value], second[packs.value];
+                Pack<E> a[packs.value], b[packs.value];
+                auto fetch_below = [&](int64_t r) __attribute__((always_inline)) {
+                    fetch(stream, r, j);
+                    (fetch(more, r, j), ...);
+                };
+                fetch_below(row);
+                for (int p = 0; p < packs.value; ++p) {
+                    const Terms<E> t = terms(row, j + p * lanes, count);
+                    a[p] = t.first, b[p] = t.a * t.b;
+                }
+                for (int k = 1; k < number.value; ++k) {
+                    fetch_below(row + k);
                     for (int p = 0; p < packs.value; ++p) {
-                        const Partial<E> sums(terms(row, j + p * lanes, count));
-                        first[p] = sums.first, second[p] = sums.second;
+                        const Terms<E> t = terms(row + k, j + p * lanes, count);
+                        a[p] = a[p] + t.first, b[p] = fma(t.a, t.b, b[p]);
                     }
-                    for (int k = 1; k < number.value; ++k)
-                        for (int p = 0; p < packs.value; ++p) {
-                            const Terms<E> t = terms(row + k, j + p * lanes, count);
-                            first[p] = first[p] + t.first;
-                            second[p] = fma(t.a, t.b, second[p]);
-                        }
-                    for (int p = 0; p < packs.value; ++p) {
-                        keep(first[p], this->first.data() + j + p * lanes, count);
-                        keep(second[p], this->second.data() + j + p * lanes, count);
-                    }
+                }
+                for (int p = 0; p < packs.value; ++p) {
+                    keep(a[p], first.data() + j + p * lanes, count);
+                    keep(b[p], second.data() + j + p * lanes, count);
                 }
             });
     }
@@ -83,15 +92,33 @@ private:
     [[gnu::always_inline]] static void keep(Pack<E> sum, double* total, Count count) {
         store(total, load<double>(total, count) + widened(sum), count);
     }
-    template <class E, class Count>
-    [[gnu::always_inline]] void keep(const Partial<E>& sums, int64_t j, Count count) {
-        keep(sums.first, first.data() + j, count);
-        keep(sums.second, second.data() + j, count);
+    // The line of the next rows below this one, or what lies past the last.
+    template <class T>
+    [[gnu::always_inline]] static void fetch(Stream<T> stream, int64_t row, int64_t j) {
+        prefetch(stream.start + (row + group_size) * stream.distance + j);
     }
 };
 
-// What the next rows begin with, or what lies past the last.
-[[gnu::always_inline]] inline void fetch_row(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Where the sums of channels start from, for each of their columns: the mean of a channel's first elements.
+template <class T, class E>
+inline std::vector<E> channel_pivots(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s) {
+    std::vector<E> pivots(channels * s);
+    if (s > 1) {
+        for (int64_t c = 0; c < channels; ++c) std::fill_n(pivots.begin() + c * s, s, E(pivot_of(x + c * s, s)));
+        return pivots;
+    }
+    const int64_t number = number_of_pivots(rows);
+    const Pack<E> inverse(E(1) / E(number));
+    for (int64_t j = 0; j < channels; j += lanes) {
+        const int64_t count = std::min<int64_t>(lanes, channels - j);
+        Pack<E> sum(0);
+        for (int64_t row = 0; row < number; ++row) sum = sum + load<E>(x + row * distance + j, count);
+        T stored[lanes];
+        store(stored, sum * inverse);  // as T has it: see pivot_of
+        store(pivots.data() + j, load<E>(stored), count);
+    }
+    return pivots;
+}
 
 // The moments of some channels over a block of rows: element j of channel c in row r is x[r * distance + c * s + j].
 // take(c, moments) is told each channel's.
@@ -104,17 +131,15 @@ template <class T, class Take>
     const double n = double(rows * s);
     if (n == 0) return;
     ColumnSums sums(width);
-    std::vector<E> pivots(width);
-    for (int64_t c = 0; c < channels; ++c) {
-        const double pivot = s > 1 ? pivot_of(x + c * s, s) : pivot_of(x + c, rows, distance);
-        std::fill_n(pivots.begin() + c * s, s, E(pivot));
-    }
+    const std::vector<E> pivots = channel_pivots<T, E>(x, distance, rows, channels, s);
     const E* k = pivots.data();
-    sums.add<T, E>(rows, width, [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
-        fetch_row(x + (row + group_size) * distance + j);
-        const Pack<E> d = first_of(load<E>(x + row * distance + j, count) - load<E>(k + j, count), count);
-        return Terms<E>{d, d, d};
-    });
+    sums.add<E>(
+        rows, width,
+        [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
+            const Pack<E> d = first_of(load<E>(x + row * distance + j, count) - load<E>(k + j, count), count);
+            return Terms<E>{d, d, d};
+        },
+        Stream<T>{x, distance});
     for (int64_t c = 0; c < channels; ++c) {
         const T* first = x + c * s;
         auto runs = [&](auto f) {
@@ -124,35 +149,37 @@ template <class T, class Take>
     }
 }
 
-// Two sums for each of some channels, as channel_moments: of g, and of g * (x - mean of the channel). g(row, j, count) is in
-// the type of its last argument. take(c, sums) is told each channel's.
-template <class T, class E, class MeanOf, class Gradient, class Take>
-[[gnu::flatten]] void channel_sums_in(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, MeanOf mean_of,
-                                      Gradient g, Take take) {
+// Two sums for each of some channels, as channel_moments: of g, and of g * (x - mean of the channel), where
+// g = gate(dy, row, j, count).
+template <class T, class E, class MeanOf, class Gate, class Take>
+[[gnu::flatten]] void channel_sums_in(
+    Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, MeanOf mean_of, Gate gate, Take take) {
     const int64_t width = channels * s;
     std::vector<E> means(width);
     for (int64_t c = 0; c < channels; ++c) std::fill_n(means.begin() + c * s, s, Mean<E>(mean_of(c)).rounded);
     const E* k = means.data();
     ColumnSums sums(width);
-    sums.add<T, E>(rows, width, [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
-        fetch_row(x + (row + group_size) * distance + j);
-        const Pack<E> of_dy = g(row, j, count, E{});
-        return Terms<E>{of_dy, of_dy, load_filled<E>(x + row * distance + j, count) - load<E>(k + j, count)};
-    });
+    sums.add<E>(
+        rows, width,
+        [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
+            const Pack<E> g = gate(load<E>(dy.start + row * dy.distance + j, count), row, j, count);
+            return Terms<E>{g, g, load_filled<E>(x.start + row * x.distance + j, count) - load<E>(k + j, count)};
+        },
+        dy, x);
     for (int64_t c = 0; c < channels; ++c) {
         Sums sum = sums.of(c * s, (c + 1) * s);
         sum.second = Mean<E>(mean_of(c)).constant(sum.first, sum.second);
         take(c, sum);
     }
 }
-template <class T, class MeanOf, class Gradient, class Take>
-void channel_sums(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, bool tame, MeanOf mean_of,
-                  Gradient g, Take take) {
+template <class T, class MeanOf, class Gate, class Take>
+void channel_sums(Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, bool tame, MeanOf mean_of, Gate gate,
+                  Take take) {
     using E = Computation<T>;
     if (tame) {
         std::vector<Sums> found(channels);
         bool representable = true;
-        channel_sums_in<T, E>(x, distance, rows, channels, s, mean_of, g, [&](int64_t c, Sums sums) {
+        channel_sums_in<T, E>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, Sums sums) {
             found[c] = sums;
             representable = representable && is_representable<E>(sums);
         });
@@ -161,7 +188,7 @@ void channel_sums(const T* x, int64_t distance, int64_t rows, int64_t channels, 
             return;
         }
     }
-    channel_sums_in<T, double>(x, distance, rows, channels, s, mean_of, g, take);
+    channel_sums_in<T, double>(dy, x, rows, channels, s, mean_of, gate, take);
 }
 
 // -- writing --------------------------------------------------------------------------------------------------
@@ -191,8 +218,8 @@ template <class T, class Values, class Value>
 [[gnu::always_inline]] inline void write_columns(
     T* y, int64_t distance, int64_t rows, int64_t width, bool streaming, const Values& values, Value value) {
     const bool stream_all = streaming && to_line(y) == 0 && distance * sizeof(T) % 64 == 0;
-    auto write = [&](auto streams) __attribute__((always_inline)) {
-        over_rows<4, line_packs<T>>(
+    auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
+        over_rows<at_once.value, line_packs<T>>(
             rows, width,
             [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 using P = decltype(values.at(j, count));
@@ -209,7 +236,12 @@ template <class T, class Values, class Value>
                     }
             });
     };
-    stream_all ? write(std::true_type{}) : write(std::false_type{});
+    constexpr std::integral_constant<int, 4> four;
+    constexpr std::integral_constant<int, 1> one;
+    if (distance * sizeof(T) % 4096 == 0)  // written by turns they would drive each other from the caches
+        stream_all ? write(one, std::true_type{}) : write(one, std::false_type{});
+    else
+        stream_all ? write(four, std::true_type{}) : write(four, std::false_type{});
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -17,7 +17,12 @@ public:
         if (pending_) add(bits_);
     }
 
-    void put(unsigned bits, Full) { put(bits, lanes); }
+    void put(unsigned bits, Full) {
+        if (pending_ == 0 && !shared_)
+            *byte_++ = uint8_t(bits);
+        else
+            put(bits, lanes);
+    }
     void put(unsigned bits, int64_t count) {
         bits_ |= (bits & ((1u << count) - 1)) << pending_;
         pending_ += unsigned(count);

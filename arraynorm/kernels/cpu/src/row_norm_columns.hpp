@@ -149,18 +149,17 @@ void forward_columns(const RowNormForward& call) {
 template <class T>
 void add_piece_sums(const RowNormBackward& call, const Piece& piece, Sums* sums) {
     const double *mean = call.mean + piece.sample * call.rows.groups, *rstd = call.rstd + piece.sample * call.rows.groups;
-    const T* dy = piece.start<const T>(call.dy);
-    const int64_t distance = call.dy.channel * piece.repeat, per_group = call.rows.channels;
+    const int64_t per_group = call.rows.channels;
     bool tame = true;
     for (int64_t g = piece.first / per_group; g <= (piece.first + piece.channels - 1) / per_group; ++g)
         tame = tame && is_tame<Computation<T>>(mean[g], rstd[g]);
+    auto stream = [&](const Tensor& tensor) {
+        return Stream<T>{piece.start<const T>(tensor), tensor.channel * piece.repeat};
+    };
     channel_sums(
-        piece.start<const T>(call.x), call.x.channel * piece.repeat, piece.lines, piece.all(), piece.s, tame,
+        stream(call.dy), stream(call.x), piece.lines, piece.all(), piece.s, tame,
         [&](int64_t c) { return mean[piece.channel(c) / per_group]; },
-        [=](int64_t row, int64_t j, auto count, auto e) __attribute__((always_inline)) {
-            fetch_row(dy + (row + group_size) * distance + j);
-            return load<decltype(e)>(dy + row * distance + j, count);
-        },
+        [](auto dy, int64_t, int64_t, auto) __attribute__((always_inline)) { return dy; },
         [&](int64_t c, const Sums& found) { sums[piece.channel(c)].add(found); });
 }
 

@@ -226,7 +226,8 @@ Moments two_pass_moments(double n, double first, const Runs& runs) {
 template <class E, class T, class Runs>
 inline Moments moments_by(Sums sums, double pivot, double n, const T* first, const Runs& runs) {
     if (!is_reliable<E>(sums, n)) return two_pass_moments<T>(n, double(to_float(*first)), runs);
-    return {n, pivot, sums.first / n, sums.second - sums.first * sums.first / n};
+    const double shift = sums.first / n;
+    return {n, pivot, shift, sums.second - sums.first * shift};
 }
 
 // The moments of the elements of some runs.
