@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -237,9 +238,9 @@ class MPICommunicator(HostCommunicator):
         self._broken = f"rank {self.rank} of {self.size}: MPI reports an error in {self._call()}: {error}"
         _abort_at_exit(self)
         end = "the job will be aborted when this process exits"
-        if died:
-            end = f"a rank has died or given up: go on with those that are left by `comm = comm.shrink()`, or {end}"
-        return self._error(f"{self._broken}; {end}")
+        if died and _goes_on_without_a_rank():
+            end = f"go on with those that are left by `comm = comm.shrink()`, or {end}"
+        return self._error(f"{self._broken}; {'a rank has died or given up: ' if died else ''}{end}")
 
     def _death_is_known(self, error: Any) -> bool:
         """Whether an error of MPI is about a rank that has died, or a peer that knows of one."""
@@ -260,8 +261,8 @@ class MPICommunicator(HostCommunicator):
         Raises
         ------
         RuntimeError
-            The MPI library has no User-Level Failure Mitigation (ULFM). Open MPI has, under `mpiexec --with-ft ulfm`;
-            other launchers end the job when a rank dies.
+            The MPI library has no User-Level Failure Mitigation (ULFM), or does not use it in this job. Open MPI does
+            under `mpiexec --with-ft ulfm`; other launchers end the job when a rank dies. Nothing is changed.
         SyncTimeoutError
             A rank that has not died did not come within `timeout`.
 
@@ -270,14 +271,13 @@ class MPICommunicator(HostCommunicator):
         Bland et al., "Post-failure recovery of MPI communication capability: Design and rationale", 2013.
         """
         MPI = _mpi()
-        self._said = _fields.pack({"operation": "shrinking"})
-        try:
-            self._comm.Revoke()
-        except NotImplementedError as error:
+        if not _goes_on_without_a_rank():
             raise RuntimeError(
-                f"MPICommunicator.shrink: {MPI.get_vendor()[0]} can't go on without a rank; Open MPI can, started by "
-                "`mpiexec --with-ft ulfm`"
-            ) from error
+                f"MPICommunicator.shrink: {MPI.get_vendor()[0]}, as it was started, can't go on without a rank; "
+                "Open MPI can, started by `mpiexec --with-ft ulfm`"
+            )
+        self._said = _fields.pack({"operation": "shrinking"})
+        self._comm.Revoke()
         # Shrink waits for all who live, and Ishrink fails with ERR_INTERN in Open MPI 5.0.11: so they are awaited here.
         everyone = np.ones(1, dtype=np.intc)
         try:
@@ -312,6 +312,25 @@ def wrapped(comm: Any) -> MPICommunicator:
             "make one arraynorm.distributed.MPICommunicator(comm.Dup()) per thread, in the same order on all ranks"
         )
     return MPICommunicator(comm)
+
+
+@functools.cache
+def _goes_on_without_a_rank() -> bool:
+    """Whether this job outlives a rank: its MPI library has ULFM, and was told to use it."""
+    MPI = _mpi()
+    if MPI.get_vendor()[0] == "Open MPI" and MPI.get_vendor()[1] >= (5,):
+        # Without `--with-ft ulfm` it revokes, but Iagree never completes. It says which it is in an attribute, MPI_FT,
+        # that mpi4py has no name for: in Open MPI's mpi.h it follows MPI_WIN_MODEL.
+        flag = MPI.COMM_WORLD.Get_attr(MPI.WIN_MODEL + 1)
+        return bool(flag) and ctypes.c_int.from_address(flag).value != 0
+    probe = MPI.COMM_SELF.Dup()
+    try:
+        probe.Revoke()
+    except NotImplementedError:
+        return False
+    finally:
+        probe.Free()
+    return True
 
 
 @functools.cache
