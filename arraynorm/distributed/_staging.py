@@ -56,6 +56,17 @@ class Staging:
         """[*head, *arrays] as one new float64 vector on the host."""
         return np.concatenate([np.asarray(head, dtype=np.float64), *self._on_host(arrays)])
 
+    def sends_device_memory(self, array: Array) -> bool:
+        return self.cuda_aware and route(_array.library(array), True) == "device"
+
+    def write(self, row: Float64Array, head: Sequence[float], *arrays: Array) -> None:
+        """Put [*head, *arrays] into a row on the host."""
+        start = len(head)
+        row[:start] = head
+        for flat in self._on_host(arrays):
+            row[start : start + flat.size] = flat
+            start += flat.size
+
     def gathered(self, messages: Any) -> Any:
         """What was gathered, on the host: a view that is good until the next call."""
         return self._on_host([messages])[0].reshape(messages.shape)

@@ -12,14 +12,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from arraynorm import _array, _fields
-from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
+from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator, row_capacity
 from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
+from arraynorm.distributed._rows import DirectRows, Swap
 from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
@@ -140,7 +141,7 @@ class MPICommunicator(HostCommunicator):
         self._said = creation
         try:
             duplicate, request = comm.Idup()
-            self._wait(request, duplicate)
+            self._wait(request.Test, request, duplicate)
         except _mpi().Exception as error:
             raise self._failed(error) from error
         self._comm = duplicate
@@ -156,6 +157,7 @@ class MPICommunicator(HostCommunicator):
         self._staging = Staging(cuda_aware)
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._error: type[SyncError] = SyncTimeoutError
+        self._rows: DirectRows | None = None
 
     @property
     def rank(self) -> int:
@@ -164,6 +166,21 @@ class MPICommunicator(HostCommunicator):
     @property
     def size(self) -> int:
         return int(self._size)
+
+    def _row(self, length: int) -> Any:
+        if self._rows is None:
+            self._rows = DirectRows(_mpi(), self._usable(), row_capacity(self.size))
+        return self._rows.own[:length]
+
+    def _swap(self, row: Any) -> Sequence[Any]:
+        self._usable()
+        rows: Any = self._rows
+        try:
+            swap: Swap = rows.start(len(row))
+            self._wait(swap.test, rows)
+        except _mpi().Exception as error:
+            raise self._failed(error) from error
+        return swap.rows
 
     def _maximum(self, a: Any) -> Any:
         greatest = np.empty_like(a)
@@ -194,15 +211,16 @@ class MPICommunicator(HostCommunicator):
 
     def _complete(self, collective: Callable[..., Any], *buffers: Any, **options: Any) -> None:
         try:
-            self._wait(collective(*buffers, **options), *buffers)
+            request = collective(*buffers, **options)
+            self._wait(request.Test, request, *buffers)
         except _mpi().Exception as error:
             raise self._failed(error) from error
 
-    def _wait(self, request: Any, *buffers: Any) -> None:
-        """Until `request` is complete, or the deadline has passed."""
+    def _wait(self, is_complete: Callable[[], bool], *held: Any) -> None:
+        """Until requests are complete, or the deadline has passed; `held` are they and their buffers."""
         polls, deadline = 0, time.monotonic() + self.timeout
         try:
-            while not request.Test():
+            while not is_complete():
                 polls += 1
                 if polls > _SPINS:
                     if polls < _YIELDS:
@@ -213,7 +231,7 @@ class MPICommunicator(HostCommunicator):
                         self._give_up()
         except BaseException:  # the deadline, what MPI reports, or what a signal handler raises, as on Ctrl-C
             # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
-            _abandoned.append((request, buffers, self._comm))
+            _abandoned.append((held, self._comm))
             _abort_at_exit(self)
             raise
 
@@ -281,7 +299,8 @@ class MPICommunicator(HostCommunicator):
         # Shrink waits for all who live, and Ishrink fails with ERR_INTERN in Open MPI 5.0.11: so they are awaited here.
         everyone = np.ones(1, dtype=np.intc)
         try:
-            self._wait(self._comm.Iagree(everyone), everyone)
+            request = self._comm.Iagree(everyone)
+            self._wait(request.Test, request, everyone)
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_PROC_FAILED:  # this one says that all came but the dead
                 raise self._failed(error) from error
@@ -341,6 +360,8 @@ def _keyval() -> int:
 def _free(comm: Any, keyval: int, communicator: MPICommunicator) -> None:
     """The raw communicator is being freed, by all its ranks: so is the duplicate."""
     if not communicator._broken:
+        if communicator._rows is not None:
+            communicator._rows.free()
         communicator._comm.Free()
 
 

@@ -73,6 +73,9 @@ class ThreadCommunicator(HostCommunicator):
     def size(self) -> int:
         return self._group.size
 
+    def _swap(self, row: Any) -> list[Any]:
+        return self._exchange(row)
+
     def _maximum(self, a: Any) -> Any:
         return self._gather(a).max(axis=0)
 

@@ -11,7 +11,8 @@ import pytest
 from arraynorm.distributed import MPICommunicator, SyncError
 
 # What Open MPI's mpiexec tells the ranks when it is given `--with-ft ulfm`; MPICH's has no such thing to tell.
-WITH_ULFM = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"
+TOLD_BY = "OMPI_MCA_mpi_ft_enable"
+WITH_ULFM = os.environ.get(TOLD_BY) == "1"
 
 
 def test_all_who_live_are_left_or_the_error_names_an_mpi_that_can_shrink(world):
