@@ -41,10 +41,12 @@ def write_head(row: Float64Array, fields: bytes, error: BaseException | None, nu
     _pack_head(row.data, 0, _FAILED if error else _hash(fields), number, step, len(row))
 
 
-def agree_by_rows(rows: Sequence[Float64Array], own: Float64Array, error: BaseException | None) -> bool:
-    """Whether all ranks have sent the same head, and none has failed."""
-    said = own[:HEAD].tobytes()
-    return error is None and all(row[:HEAD].tobytes() == said for row in rows)
+def agree_by_heads(heads: Sequence[Float64Array], rank: int, error: BaseException | None) -> bool:
+    """Whether all ranks have sent the same head as this one, and none has failed."""
+    if error is not None:
+        return False
+    said = heads[rank].tobytes()
+    return all(head.tobytes() == said for head in heads)
 
 
 def agree_by_maximum(

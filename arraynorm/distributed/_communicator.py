@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from arraynorm.distributed import _agreement
 from arraynorm.distributed._agreement import HEAD
 from arraynorm.distributed._errors import SyncError, SyncMismatchError
 from arraynorm.distributed._moments import merge, merge_by_sums, unpacked
+from arraynorm.distributed._rows import Rows, row_capacity
 from arraynorm.distributed._staging import Staging
 from arraynorm.typing import Array
 
@@ -23,9 +25,6 @@ MAX_GATHERED_RANKS = 16
 
 Measured with 2 to 16 ranks and 64 to 4096 channels, and by the cost model for a network of 5 us: docs/cost_model.md.
 """
-
-# Elements of a row, and of the rows of all ranks (2 MiB): longer payloads are gathered after a round of their own.
-_ROW, _ROWS = 2**14, 2**18
 
 _UNANNOUNCED = _fields.pack({"operation": "a payload that no agree announced"})
 
@@ -91,7 +90,7 @@ class HostCommunicator(abc.ABC):
         return np.empty(length)
 
     @abc.abstractmethod
-    def _swap(self, row: Any) -> Sequence[Any]:
+    def _swap(self, row: Any) -> Rows:
         """The rows of all ranks, which may differ in length; good until the next swap."""
 
     @abc.abstractmethod
@@ -153,7 +152,7 @@ class HostCommunicator(abc.ABC):
 
     # -- what the ranks say of a call, alone or at the head of its payload ---------------------------------------
 
-    @property
+    @functools.cached_property
     def _gathers(self) -> bool:
         return self.size <= self.max_gathered_ranks
 
@@ -166,7 +165,7 @@ class HostCommunicator(abc.ABC):
             return list(self._staging.gathered(self._gather(self._staging.message(head, *arrays))))
         row = self._row(length)
         self._staging.write(row[HEAD:], head, *arrays)
-        return [row[HEAD:] for row in self._compared(row)]
+        return self._compared(row)
 
     def _meet(self, error: BaseException | None = None) -> None:
         """Make the round that was announced, without a payload."""
@@ -180,13 +179,13 @@ class HostCommunicator(abc.ABC):
                 raise self._disagreement(fields, error) from error
 
     def _compared(self, row: Any, error: BaseException | None = None) -> Sequence[Any]:
-        """The rows of all ranks, once their heads were found to be equal."""
+        """What follows the heads in the rows of all ranks, once those were found to be equal."""
         fields = self._take_announced()
         _agreement.write_head(row, fields, error, self._rounds, self._steps)
         rows = self._swap(row)
-        if self.validate and not _agreement.agree_by_rows(rows, row, error):
+        if self.validate and not _agreement.agree_by_heads(rows.heads, self.rank, error):
             raise self._disagreement(fields, error, elements=len(row) - HEAD) from error
-        return rows
+        return rows.payloads
 
     def _disagreement(self, fields: bytes, error: BaseException | None, **numbers: int) -> SyncMismatchError:
         numbers = {"round": self._rounds, "step": self._steps, **numbers}
@@ -273,11 +272,6 @@ class HostCommunicator(abc.ABC):
         raise TypeError(f"{type(self).__name__}: a communicator cannot be pickled")
 
 
-def row_capacity(size: int) -> int:
-    """The greatest length of a row, the same on every rank."""
-    return max(HEAD, min(_ROW, _ROWS // size))
-
-
 class _Turn:
     """The one thread that may send: from an agreement to the end of its payload no other comes between."""
 
@@ -329,8 +323,8 @@ class SelfCommunicator(HostCommunicator):
         if error is not None:
             raise error
 
-    def _swap(self, row: Any) -> Sequence[Any]:
-        return [row]
+    def _swap(self, row: Any) -> Rows:
+        return Rows.cut([row])
 
     def _maximum(self, a: Any) -> Any:
         return a

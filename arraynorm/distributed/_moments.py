@@ -19,24 +19,26 @@ def merge(parts: Iterable[Moments]) -> Moments:
     Variances", 1979, equation 1.5: no square of a mean is ever subtracted, and equal constants merge to themselves.
     """
     n, mean, m2 = 0, np.zeros(()), np.zeros(())
+    is_ours = False  # or a part's own memory
     with np.errstate(all="ignore"):  # a rank may bring NaN or infinity: a value, not an event
         for n_part, mean_part, m2_part in parts:
-            if n == 0:
-                if n_part == 0:  # an empty rank has no mean
-                    mean, m2 = np.zeros_like(mean_part), np.zeros_like(m2_part)
-                else:
-                    n, mean, m2 = n_part, mean_part.copy(), m2_part.copy()
+            if n == 0:  # an empty rank has no mean
+                n, mean, m2 = n_part, mean_part, m2_part
             elif n_part > 0:
-                # In place: with many channels half of the time is new memory.
                 total = n + n_part
                 delta = mean_part - mean
-                mean += delta * (n_part / total)
+                if is_ours:  # in place: with many channels half of the time is new memory
+                    mean += delta * (n_part / total)
+                    m2 += m2_part
+                else:
+                    mean, m2, is_ours = mean + delta * (n_part / total), m2 + m2_part, True
                 delta *= delta
                 delta *= n * n_part / total
-                m2 += m2_part
                 m2 += delta
                 n = total
-    return n, mean, m2
+    if n == 0:
+        return 0, np.zeros_like(mean), np.zeros_like(m2)
+    return (n, mean, m2) if is_ours else (n, mean.copy(), m2.copy())
 
 
 def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Array]) -> Moments:

@@ -1,15 +1,36 @@
-"""Short vectors of all ranks, sent from each to each by messages that MPI has set up beforehand."""
+"""Rows: what all ranks say of a call and their payloads, by messages from each to each that MPI has set up before."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from arraynorm.distributed._agreement import HEAD
+
+# Elements of a row, and of the rows of all ranks (2 MiB): longer payloads are gathered after a round of their own.
+_ROW, _ROWS = 2**14, 2**18
+
 # Lengths of which the requests are kept: a forward and a backward for each number of channels in a network.
 _LENGTHS = 64
+
+
+def row_capacity(size: int) -> int:
+    """The greatest length of a row, the same on every rank."""
+    return max(HEAD, min(_ROW, _ROWS // size))
+
+
+class Rows(NamedTuple):
+    """The rows of all ranks, in rank order."""
+
+    heads: list[Any]
+    payloads: list[Any]
+
+    @classmethod
+    def cut(cls, rows: Sequence[Any]) -> Rows:
+        return cls([row[:HEAD] for row in rows], [row[HEAD:] for row in rows])
 
 
 class Swap(NamedTuple):
@@ -17,8 +38,8 @@ class Swap(NamedTuple):
 
     sends: list[Any]
     requests: list[Any]
-    test: Callable[[], bool]
-    rows: list[Any]
+    is_complete: Callable[[], bool]
+    rows: Rows
 
 
 class DirectRows:
@@ -34,14 +55,12 @@ class DirectRows:
         mpi4py.MPI.
     comm : mpi4py.MPI.Intracomm
         Nobody else sends on it from rank to rank.
-    capacity : int
-        The greatest length of a row, the same on all ranks.
     """
 
-    def __init__(self, mpi: Any, comm: Any, capacity: int) -> None:
+    def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi, self._comm = mpi, comm
         rank, size = comm.Get_rank(), comm.Get_size()
-        self._table = np.zeros((size, capacity))
+        self._table = np.zeros((size, row_capacity(size)))
         self.own = self._table[rank]
         self._peers = [(rank + distance) % size for distance in range(1, size)]
         self._receives = [comm.Recv_init([self._table[peer], mpi.DOUBLE], peer) for peer in self._peers]
@@ -58,8 +77,8 @@ class DirectRows:
             _free(self._swaps.pop(next(iter(self._swaps))).sends)
         sends = [self._comm.Send_init([self.own[:length], self._mpi.DOUBLE], peer) for peer in self._peers]
         requests = self._receives + sends
-        test = functools.partial(self._mpi.Prequest.Testall, requests)
-        self._swaps[length] = Swap(sends, requests, test, list(self._table[:, :length]))
+        is_complete = functools.partial(self._mpi.Prequest.Testall, requests)
+        self._swaps[length] = Swap(sends, requests, is_complete, Rows.cut(list(self._table[:, :length])))
         return self._swaps[length]
 
     def free(self) -> None:

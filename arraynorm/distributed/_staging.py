@@ -61,11 +61,13 @@ class Staging:
 
     def write(self, row: Float64Array, head: Sequence[float], *arrays: Array) -> None:
         """Put [*head, *arrays] into a row on the host."""
-        start = len(head)
-        row[:start] = head
+        stop = 0
+        for number in head:
+            row[stop] = number
+            stop += 1
         for flat in self._on_host(arrays):
-            row[start : start + flat.size] = flat
-            start += flat.size
+            start, stop = stop, stop + flat.size
+            row[start:stop] = flat
 
     def gathered(self, messages: Any) -> Any:
         """What was gathered, on the host: a view that is good until the next call."""
@@ -89,6 +91,8 @@ class Staging:
 
     def _on_host(self, arrays: Sequence[Array]) -> list[Any]:
         """Flat host copies or views of arrays of one library."""
+        if type(arrays[0]) is np.ndarray:
+            return [array.reshape(-1) for array in arrays]
         if _array.library(arrays[0]) != "cupy":
             return [_array.to_numpy(array).reshape(-1) for array in arrays]
         with arrays[0].device:

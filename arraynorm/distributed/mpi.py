@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import functools
 import math
 import os
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
 from arraynorm import _array, _fields
-from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator, row_capacity
+from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
 from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
-from arraynorm.distributed._rows import DirectRows, Swap
+from arraynorm.distributed._job import abort_at_exit, goes_on_without_a_rank, need_not_abort
+from arraynorm.distributed._job import mpi as _mpi
+from arraynorm.distributed._rows import DirectRows, Rows, Swap
 from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
 # machine takes some 10 us, a poll 0.2 us. Who yields sooner, between two messages of one call, gives the core to any
 # other process for a slice of some ms.
 _SPINS, _YIELDS, _NAP = 500, 2500, 1e-4
-
-# Seconds before the job is aborted: the deadlines of the other ranks pass at about the same time, and they should
-# come to say so.
-_GRACE = 1.0
-
-# Seconds for MPI_Abort to end this process, before the kernel does.
-_LAST_RESORT = 10
 
 _DEFAULTS: dict[str, Any] = {
     "timeout": 1800.0,
@@ -47,9 +38,6 @@ _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 _abandoned: list[Any] = []
 """Requests that never completed, and their buffers, which MPI may still write to."""
-
-_unrecovered: list[MPICommunicator] = []
-"""Broken communicators that were not shrunk: MPI_Finalize may wait for their missing ranks for ever."""
 
 
 def is_mpi4py(comm: object) -> bool:
@@ -169,15 +157,15 @@ class MPICommunicator(HostCommunicator):
 
     def _row(self, length: int) -> Any:
         if self._rows is None:
-            self._rows = DirectRows(_mpi(), self._usable(), row_capacity(self.size))
+            self._rows = DirectRows(_mpi(), self._usable())
         return self._rows.own[:length]
 
-    def _swap(self, row: Any) -> Sequence[Any]:
+    def _swap(self, row: Any) -> Rows:
         self._usable()
         rows: Any = self._rows
         try:
             swap: Swap = rows.start(len(row))
-            self._wait(swap.test, rows)
+            self._wait(swap.is_complete, rows)
         except _mpi().Exception as error:
             raise self._failed(error) from error
         return swap.rows
@@ -232,7 +220,7 @@ class MPICommunicator(HostCommunicator):
         except BaseException:  # the deadline, what MPI reports, or what a signal handler raises, as on Ctrl-C
             # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
             _abandoned.append((held, self._comm))
-            _abort_at_exit(self)
+            abort_at_exit(self)
             raise
 
     def _give_up(self) -> None:
@@ -254,9 +242,9 @@ class MPICommunicator(HostCommunicator):
                 self._comm.Revoke()
         self._error = SyncRankFailedError if died else SyncError
         self._broken = f"rank {self.rank} of {self.size}: MPI reports an error in {self._call()}: {error}"
-        _abort_at_exit(self)
+        abort_at_exit(self)
         end = "the job will be aborted when this process exits"
-        if died and _goes_on_without_a_rank():
+        if died and goes_on_without_a_rank():
             end = f"go on with those that are left by `comm = comm.shrink()`, or {end}"
         return self._error(f"{self._broken}; {'a rank has died or given up: ' if died else ''}{end}")
 
@@ -289,7 +277,7 @@ class MPICommunicator(HostCommunicator):
         Bland et al., "Post-failure recovery of MPI communication capability: Design and rationale", 2013.
         """
         MPI = _mpi()
-        if not _goes_on_without_a_rank():
+        if not goes_on_without_a_rank():
             raise RuntimeError(
                 f"MPICommunicator.shrink: {MPI.get_vendor()[0]}, as it was started, can't go on without a rank; "
                 "Open MPI can, started by `mpiexec --with-ft ulfm`"
@@ -307,7 +295,7 @@ class MPICommunicator(HostCommunicator):
         survivors = self._comm.Shrink()
         if not self._broken:
             self._broken, self._error = "it was shrunk", SyncError
-        _unrecovered[:] = [other for other in _unrecovered if other is not self]
+        need_not_abort(self)
         shrunk = object.__new__(type(self))  # nobody else has its MPI communicator: it need not be a duplicate
         shrunk._set_up(survivors, self.timeout, self.validate, self.max_gathered_ranks, self.cuda_aware)
         shrunk._comm = survivors
@@ -334,25 +322,6 @@ def wrapped(comm: Any) -> MPICommunicator:
 
 
 @functools.cache
-def _goes_on_without_a_rank() -> bool:
-    """Whether this job outlives a rank: its MPI library has ULFM, and was told to use it."""
-    MPI = _mpi()
-    if MPI.get_vendor()[0] == "Open MPI" and MPI.get_vendor()[1] >= (5,):
-        # Without `--with-ft ulfm` it revokes, but Iagree never completes. It says which it is in an attribute, MPI_FT,
-        # that mpi4py has no name for: in Open MPI's mpi.h it follows MPI_WIN_MODEL.
-        flag = MPI.COMM_WORLD.Get_attr(MPI.WIN_MODEL + 1)
-        return bool(flag) and ctypes.c_int.from_address(flag).value != 0
-    probe = MPI.COMM_SELF.Dup()
-    try:
-        probe.Revoke()
-    except NotImplementedError:
-        return False
-    finally:
-        probe.Free()
-    return True
-
-
-@functools.cache
 def _keyval() -> int:
     return int(_mpi().Comm.Create_keyval(delete_fn=_free))
 
@@ -363,34 +332,3 @@ def _free(comm: Any, keyval: int, communicator: MPICommunicator) -> None:
         if communicator._rows is not None:
             communicator._rows.free()
         communicator._comm.Free()
-
-
-@functools.cache
-def _mpi() -> Any:
-    from mpi4py import MPI
-
-    return MPI
-
-
-def _abort_at_exit(communicator: MPICommunicator) -> None:
-    """End the job when this process exits, unless `communicator` is shrunk before."""
-    _unrecovered.append(communicator)
-    _register_abort()
-
-
-@functools.cache
-def _register_abort() -> None:
-    atexit.register(_abort)  # runs before mpi4py's own exit hook, whose MPI_Finalize would wait for ever
-
-
-def _abort() -> None:
-    if not _unrecovered:
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(_GRACE)
-    if hasattr(signal, "alarm"):
-        # MPICH's Abort waits for a launcher that a rank on a host without network can't reach.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_LAST_RESORT)
-    _mpi().COMM_WORLD.Abort(1)
