@@ -4,9 +4,9 @@
 
 All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's. The figure is the
 tenth percentile over many short turns, for other processes of the machine only ever add to a time, and for a training
-step the median of the turns' ratios. A forward and a backward are their collective parts here, agreement and payload, as
-for few ranks (one message) and as for many (sums). Where there are more ranks than cores, a message costs a turn of the
-scheduler. fit_cost_model.py fits the constants of docs/cost_model.md to the results.
+step the median of the turns' ratios. A forward and a backward are their collective parts here, agreement and payload,
+as for few ranks (one message) and as for many (sums). Where there are more ranks than cores, a message costs a turn of
+the scheduler. fit_cost_model.py fits the constants of docs/cost_model.md to the results.
 """
 
 from __future__ import annotations

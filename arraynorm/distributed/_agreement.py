@@ -23,7 +23,7 @@ Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 HEAD = 4
-"""Elements at the head of a row: the hash of the call, the round, the step, the length of the row, as int64."""
+"""Elements at the head of a row: as int64 the hash of the call, the round, the step, the elements that follow."""
 
 _pack_head = struct.Struct("<4q").pack_into
 _FAILED = -1  # no hash: those are >= 0
@@ -36,9 +36,11 @@ _IDENTITY = ("operation", "layer", "name", "index")
 _CONSEQUENCE = "elements"  # of the payload: follows from the rest
 
 
-def write_head(row: Float64Array, fields: bytes, error: BaseException | None, number: int, step: int) -> None:
+def write_head(
+    head: Float64Array, fields: bytes, error: BaseException | None, number: int, step: int, elements: int
+) -> None:
     """Put what a rank says of its call at the head of the row that it is about to send."""
-    _pack_head(row.data, 0, _FAILED if error else _hash(fields), number, step, len(row))
+    _pack_head(head.data, 0, _FAILED if error else _hash(fields), number, step, elements)
 
 
 def agree_by_heads(heads: Sequence[Float64Array], rank: int, error: BaseException | None) -> bool:

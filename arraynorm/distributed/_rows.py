@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,15 +22,21 @@ def row_capacity(size: int) -> int:
     return max(HEAD, min(_ROW, _ROWS // size))
 
 
-class Rows(NamedTuple):
-    """The rows of all ranks, in rank order."""
+class Row(NamedTuple):
+    """One rank's row, and views of its parts: to make them takes as long as to work on them."""
 
-    heads: list[Any]
-    payloads: list[Any]
+    whole: Any
+    head: Any
+    payload: Any
+    n: Any
+    mean: Any
+    m2: Any
 
     @classmethod
-    def cut(cls, rows: Sequence[Any]) -> Rows:
-        return cls([row[:HEAD] for row in rows], [row[HEAD:] for row in rows])
+    def cut(cls, whole: Any) -> Row:
+        payload = whole[HEAD:]
+        channels = len(payload) // 2  # where it holds moments
+        return cls(whole, whole[:HEAD], payload, payload[:1], payload[1 : 1 + channels], payload[1 + channels :])
 
 
 class Swap(NamedTuple):
@@ -39,7 +45,7 @@ class Swap(NamedTuple):
     sends: list[Any]
     requests: list[Any]
     is_complete: Callable[[], bool]
-    rows: Rows
+    rows: list[Row]
 
 
 class DirectRows:
@@ -61,24 +67,33 @@ class DirectRows:
         self._mpi, self._comm = mpi, comm
         rank, size = comm.Get_rank(), comm.Get_size()
         self._table = np.zeros((size, row_capacity(size)))
-        self.own = self._table[rank]
+        self._rank = rank
         self._peers = [(rank + distance) % size for distance in range(1, size)]
         self._receives = [comm.Recv_init([self._table[peer], mpi.DOUBLE], peer) for peer in self._peers]
         self._swaps: dict[int, Swap] = {}
 
+    def own(self, length: int) -> Row:
+        """This rank's row, to be written before it is sent."""
+        row: Row = self._of(length).rows[self._rank]
+        return row
+
     def start(self, length: int) -> Swap:
-        """Begin to send the first `length` elements of `own`, and to receive what the others send."""
-        swap = self._swaps.get(length) or self._set_up(length)
+        """Begin to send this rank's row of `length` elements, and to receive the others'."""
+        swap = self._of(length)
         self._mpi.Prequest.Startall(swap.requests)
         return swap
+
+    def _of(self, length: int) -> Swap:
+        return self._swaps.get(length) or self._set_up(length)
 
     def _set_up(self, length: int) -> Swap:
         if len(self._swaps) == _LENGTHS:
             _free(self._swaps.pop(next(iter(self._swaps))).sends)
-        sends = [self._comm.Send_init([self.own[:length], self._mpi.DOUBLE], peer) for peer in self._peers]
+        own = [self._table[self._rank, :length], self._mpi.DOUBLE]
+        sends = [self._comm.Send_init(own, peer) for peer in self._peers]
         requests = self._receives + sends
         is_complete = functools.partial(self._mpi.Prequest.Testall, requests)
-        self._swaps[length] = Swap(sends, requests, is_complete, Rows.cut(list(self._table[:, :length])))
+        self._swaps[length] = Swap(sends, requests, is_complete, list(map(Row.cut, self._table[:, :length])))
         return self._swaps[length]
 
     def free(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from arraynorm import _array
+from arraynorm.distributed._rows import Row
 from arraynorm.typing import Array
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -59,15 +60,13 @@ class Staging:
     def sends_device_memory(self, array: Array) -> bool:
         return self.cuda_aware and route(_array.library(array), True) == "device"
 
-    def write(self, row: Float64Array, head: Sequence[float], *arrays: Array) -> None:
-        """Put [*head, *arrays] into a row on the host."""
-        stop = 0
-        for number in head:
-            row[stop] = number
-            stop += 1
-        for flat in self._on_host(arrays):
-            start, stop = stop, stop + flat.size
-            row[start:stop] = flat
+    def write(self, row: Row, head: Sequence[float], *arrays: Array) -> None:
+        """Put [*head, *arrays], which are moments with a head and a sum without, into a row."""
+        flat = self._on_host(arrays)
+        if head:
+            row.n[0], row.mean[:], row.m2[:] = head[0], *flat
+        else:
+            row.payload[:] = flat[0]
 
     def gathered(self, messages: Any) -> Any:
         """What was gathered, on the host: a view that is good until the next call."""

@@ -114,6 +114,12 @@ def mpi4py(monkeypatch):
         cached.cache_clear()
 
 
+def test_hydra_says_whether_ranks_share_cores():
+    assert not mpi._is_crowded({})
+    assert not mpi._is_crowded({"MPI_LOCALNRANKS": "1"})
+    assert mpi._is_crowded({"MPI_LOCALNRANKS": "1000000"})
+
+
 # -- the world -------------------------------------------------------------------------------------------------
 
 
