@@ -165,7 +165,7 @@ class HostCommunicator(abc.ABC):
             if self._is_announced:
                 self._meet()
             gathered = self._staging.gathered(self._gather(self._staging.message(head, *arrays)))
-            return [Row.cut(np.concatenate((np.empty(HEAD), payload))) for payload in gathered]
+            return [Row.of(payload) for payload in gathered]
         row = self._row(length)
         self._staging.write(row, head, *arrays)
         return self._compared(row)

@@ -34,9 +34,13 @@ class Row(NamedTuple):
 
     @classmethod
     def cut(cls, whole: Any) -> Row:
-        payload = whole[HEAD:]
+        return cls.of(whole[HEAD:])._replace(whole=whole, head=whole[:HEAD])
+
+    @classmethod
+    def of(cls, payload: Any) -> Row:
+        """What came without a head."""
         channels = len(payload) // 2  # where it holds moments
-        return cls(whole, whole[:HEAD], payload, payload[:1], payload[1 : 1 + channels], payload[1 + channels :])
+        return cls(None, None, payload, payload[:1], payload[1 : 1 + channels], payload[1 + channels :])
 
 
 class Swap(NamedTuple):
