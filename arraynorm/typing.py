@@ -35,7 +35,10 @@ class Communicator(Protocol):
         """The number of ranks."""
 
     def agree(self, fields: bytes, error: Exception | None = None) -> None:
-        """Compare `fields` over all ranks; raise on every rank if they differ, or if any rank brings an `error`."""
+        """Compare `fields` over all ranks; raise on every rank if they differ, or if any rank brings an `error`.
+
+        Without an `error` it may leave that to the payload that follows, which then raises instead.
+        """
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         """Count, mean (C,) and sum of squared deviations (C,) of the union of all ranks' samples."""

@@ -4,8 +4,9 @@
 
 All competitors run in one process per rank, in turn, on the same input; a time is the slowest rank's. The figure is the
 tenth percentile over many short turns, for other processes of the machine only ever add to a time, and for a training
-step the median of the turns' ratios. Where there are more ranks than cores, a message costs a turn of the scheduler.
-fit_cost_model.py fits the constants of docs/cost_model.md to the results.
+step the median of the turns' ratios. A forward and a backward are their collective parts here, agreement and payload,
+as for few ranks (one message) and as for many (sums). Where there are more ranks than cores, a message costs a turn of
+the scheduler. fit_cost_model.py fits the constants of docs/cost_model.md to the results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mpi4py import MPI
 import arraynorm as an
 from arraynorm import _fields
 from arraynorm.distributed import MPICommunicator
-from arraynorm.distributed._moments import merge, packed, unpacked
+from arraynorm.distributed._moments import merge, unpacked
 
 CHANNELS = (64, 256, 1024, 4096)
 MERGED_RANKS = (2, 4, 8, 16)
@@ -61,51 +62,56 @@ def microseconds(times: Times) -> dict[str, float]:
 
 
 def collectives(world: Any, turns: int, repeats: int) -> list[dict[str, Any]]:
-    """For several C: a forward's and a backward's agreement and payload, and the bare sum of as many bytes."""
-    gathering, summing = (MPICommunicator(world.Dup(), max_gathered_ranks=ranks) for ranks in (2**20, 1))
+    """For several C: a forward's and a backward's collective part, and the bare sum of as many bytes."""
     rows = []
     for channels in CHANNELS:
-        calls = _collectives(world, gathering, summing, channels)
-        us = microseconds(interleaved(world, calls, turns, repeats))
-        parts = {"forward": "gather", "backward": "sum of gathered", "forward by sums": "two sums"}
-        over = {name: round((us["agreement"] + us[part]) / us["bare Allreduce"], 2) for name, part in parts.items()}
+        us = microseconds(interleaved(world, _collectives(world, channels), turns, repeats))
+        ways = ("forward", "backward", "forward by sums", "backward by sums")
+        over = {name: round(us[name] / us["bare Allreduce"], 2) for name in ways}
         rows.append({"channels": channels, "us": us, "times bare": over})
     return rows
 
 
-def _collectives(world: Any, gathering: MPICommunicator, summing: MPICommunicator, channels: int) -> dict[str, Call]:
+def _collectives(world: Any, channels: int) -> dict[str, Call]:
     mean, m2, sums = np.ones(channels), np.ones(channels), np.ones((2, channels))
     payload, total = np.ones(2 * channels + 1), np.empty(2 * channels + 1)
-    return {
-        "bare Allreduce": lambda: world.Allreduce(payload, total),
-        "agreement": lambda: _agree(gathering, channels),
-        "gather": lambda: gathering.merge_moments(8, mean, m2),
-        "sum of gathered": lambda: gathering.allreduce_sum(sums),
-        "two sums": lambda: summing.merge_moments(8, mean, m2),
-        "sum of sums": lambda: summing.allreduce_sum(sums),
-    }
+    calls: dict[str, Call] = {"bare Allreduce": lambda: world.Allreduce(payload, total)}
+    ways = {"": {}, ", nothing compared": {"validate": False}, " by sums": {"max_gathered_ranks": 0}}
+    for way, settings in ways.items():
+        comm = MPICommunicator(world.Dup(), **settings)
+
+        def forward(comm: MPICommunicator = comm) -> None:
+            _agree(comm, channels)
+            comm.merge_moments(8, mean, m2)
+
+        def backward(comm: MPICommunicator = comm) -> None:
+            _agree(comm, channels)
+            comm.allreduce_sum(sums)
+
+        calls |= {f"forward{way}": forward, f"backward{way}": backward}
+    return calls
 
 
 def _agree(comm: MPICommunicator, channels: int) -> None:
-    """What a layer says of its forward, packed and compared."""
+    """What a layer says of its forward, packed."""
     layer = _fields.pack({"layer": "SyncBatchNorm", "name": "", "index": 3, "momentum": 0.1})
     call = {"operation": "batch_norm", "channels": channels, "axis": 1, "dtype": "float32", "ndim": 4, "eps": 1e-5}
     comm.agree(layer + _fields.pack({**call, "weight": True, "bias": True, "cache": True}))
 
 
 def alone(turns: int, repeats: int) -> list[dict[str, Any]]:
-    """The same calls in a world of one rank, which waits for nobody; and the merge of P ranks' messages."""
-    gathering, summing = (MPICommunicator(MPI.COMM_SELF.Dup(), max_gathered_ranks=ranks) for ranks in (1, 0))
+    """The same calls in a world of one rank, which waits for nobody; and the work on P ranks' messages."""
     rows = []
     for channels in CHANNELS:
-        calls = _collectives(MPI.COMM_SELF, gathering, summing, channels)
+        calls = _collectives(MPI.COMM_SELF, channels)
         calls |= {f"merge {ranks}": _merge(channels, ranks) for ranks in MERGED_RANKS}
         rows.append({"channels": channels, "us": microseconds(interleaved(MPI.COMM_SELF, calls, turns, repeats))})
     return rows
 
 
 def _merge(channels: int, ranks: int) -> Call:
-    table = np.stack([packed((8, np.full(channels, float(rank)), np.ones(channels))) for rank in range(ranks)])
+    table = np.ones((ranks, 2 * channels + 1))
+    table[:, 1] = np.arange(ranks)
     return lambda: merge(map(unpacked, table))
 
 
@@ -174,16 +180,17 @@ def _show(results: Mapping[str, Any]) -> None:
     more = "more ranks than cores" if results["oversubscribed"] else "a core for each"
     print(f"{results['ranks']} ranks, {more}, {results['mpi']}; us, and times the bare Allreduce of as many bytes")
     for row in results["collectives"]:
-        us = "; ".join(f"{name} {value:.0f}" for name, value in row["us"].items())
+        us = "; ".join(f"{name} {value:.1f}" for name, value in row["us"].items())
         times = "; ".join(f"{name} {value:.1f} x" for name, value in row["times bare"].items())
-        print(f"C = {row['channels']:4d}: {us}\n    with agreement: {times}")
+        print(f"C = {row['channels']:4d}: {us}\n    {times}")
     if "training" not in results:
         return
-    step, slowest = results["training"], results["collectives"][0]["us"]
+    step, collective = results["training"], results["collectives"][0]["us"]
     for name, per_cent in step["per cent over plain"].items():
         print(f"step of {SHAPE}, {name}: {per_cent:+.1f} % over plain batch norm")
-    collective = 2 * slowest["agreement"] + slowest["gather"] + slowest["sum of gathered"]
-    print(f"its collective part: {100 * collective / step['us']['plain']:.2f} % of the plain step")
+    for way in ("", ", nothing compared"):
+        us = collective[f"forward{way}"] + collective[f"backward{way}"]
+        print(f"its collective part{way}: {us:.0f} us, {100 * us / step['us']['plain']:.2f} % of the plain step")
 
 
 if __name__ == "__main__":

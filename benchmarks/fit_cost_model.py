@@ -2,13 +2,12 @@
 
     python benchmarks/fit_cost_model.py benchmarks/results/sync_batch_norm_*.json [--json FILE]
 
-With L = ceil(log2 P) message rounds, a payload of C channels costs in microseconds
+With L = ceil(log2 P), the collective part of a call with C channels, agreement included, costs in microseconds
 
-    agreement        a             + alpha L
-    gather           g0 + g1 C     + alpha L   + beta 8 (2 C + 1) (P - 1)   + (P - 1) (m0 + m1 C)
-    sum of gathered  b0 + b1 C     + alpha L   + beta 16 C (P - 1)
-    two sums         s0 + s1 C     + 4 alpha L + 2 beta 8 (3 C + 1) L
-    sum of sums      t0 + t1 C     + 2 alpha L + 2 beta 16 C L
+    forward           g0 + g1 C     + alpha     + beta 8 (2 C + 5) (P - 1)   + (P - 1) (m0 + m1 C)
+    backward          b0 + b1 C     + alpha     + beta 8 (2 C + 4) (P - 1)
+    forward by sums   s0 + s1 C     + 5 alpha L + beta 8 (6 C + 9) L
+    backward by sums  t0 + t1 C     + 3 alpha L + beta 8 (4 C + 7) L
 
 The first columns are what the calls cost a rank alone, without a peer, and (m0, m1) what merging one more rank does:
 measured on one rank, and fitted by lines. alpha (a round) and beta (a byte) are fitted to the calls over P ranks, to
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CALLS = ("agreement", "gather", "sum of gathered", "two sums", "sum of sums")
+CALLS = ("forward", "backward", "forward by sums", "backward by sums")
 
 # Assumed, not measured: a message of an InfiniBand or Slingshot network takes some 2 us from process to process, and
 # 100 Gbit/s are 12.5 bytes in a nanosecond.
@@ -39,7 +38,7 @@ class Alone(NamedTuple):
     merge: tuple[float, float]
 
     def us(self, call: str, ranks: int, channels: int) -> float:
-        more = (ranks - 1) * _line(self.merge, channels) if call == "gather" else 0.0
+        more = (ranks - 1) * _line(self.merge, channels) if call == "forward" else 0.0
         return _line(self.calls[call], channels) + more
 
 
@@ -51,11 +50,10 @@ def rounds_and_bytes(call: str, ranks: int, channels: int) -> tuple[float, float
     """What alpha and beta are multiplied with."""
     rounds = math.ceil(math.log2(ranks))
     return {
-        "agreement": (rounds, 0),
-        "gather": (rounds, 8 * (2 * channels + 1) * (ranks - 1)),
-        "sum of gathered": (rounds, 16 * channels * (ranks - 1)),
-        "two sums": (4 * rounds, 16 * (3 * channels + 1) * rounds),
-        "sum of sums": (2 * rounds, 32 * channels * rounds),
+        "forward": (1, 8 * (2 * channels + 5) * (ranks - 1)),
+        "backward": (1, 8 * (2 * channels + 4) * (ranks - 1)),
+        "forward by sums": (5 * rounds, 8 * (6 * channels + 9) * rounds),
+        "backward by sums": (3 * rounds, 8 * (4 * channels + 7) * rounds),
     }[call]
 
 
@@ -122,8 +120,8 @@ def crossing(constants: dict[str, Any], network: dict[str, float], channels: int
     return next(
         ranks
         for ranks in range(2, 4096)
-        if predicted(constants, network, "two sums", ranks, channels)
-        < predicted(constants, network, "gather", ranks, channels)
+        if predicted(constants, network, "forward by sums", ranks, channels)
+        < predicted(constants, network, "forward", ranks, channels)
     )
 
 

@@ -1,11 +1,13 @@
-"""The agreement round: one small message that finds out whether all ranks are about to do the same.
+"""The agreement: one small message that finds out whether all ranks are about to do the same.
 
-Each rank hashes what it says of its call and takes part in one MAX over [h, -h, failed]. If all say the same, the
-greatest hash is also the least. Only if not does a second message carry what they said, to be put into words.
+Where payloads are gathered, each carries what its rank says of the call at its head, so that one message does both; it
+may have another length on each rank. Where they are summed, a round of its own comes first: one MAX over what the ranks
+say and its negative. Only if they differ does one more message carry all of it, to be put into words.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -16,27 +18,59 @@ import numpy as np
 from arraynorm import _fields
 from arraynorm.distributed._errors import SyncMismatchError
 
+Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
+
+HEAD = 4
+"""Elements at the head of a row: as int64 the hash of the call, the round, the step, the elements that follow."""
+
+_pack_head = struct.Struct("<4q").pack_into
+_FAILED = -1  # no hash: those are >= 0
 
 # Of the message that explains, per rank. It has one size, for ranks that disagree can't agree on another.
 _LENGTH = 2048
 _CALL, _ERROR = b"c", b"e"
 _LISTED = 8  # ranks that are named one by one
 _IDENTITY = ("operation", "layer", "name", "index")
+_CONSEQUENCE = "elements"  # of the payload: follows from the rest
 
 
-def agree(
+def write_head(
+    head: Float64Array, fields: bytes, error: BaseException | None, number: int, step: int, elements: int
+) -> None:
+    """Put what a rank says of its call at the head of the row that it is about to send."""
+    _pack_head(head.data, 0, _FAILED if error else _hash(fields), number, step, elements)
+
+
+def agree_by_heads(heads: Sequence[Float64Array], rank: int, error: BaseException | None) -> bool:
+    """Whether all ranks have sent the same head as this one, and none has failed."""
+    if error is not None:
+        return False
+    said = heads[rank].tobytes()
+    return all(head.tobytes() == said for head in heads)
+
+
+def agree_by_maximum(
+    fields: bytes,
+    error: BaseException | None,
+    number: int,
+    step: int,
+    maximum: Callable[[Int64Array], Int64Array],
+) -> bool:
+    """The same by the elementwise maximum of a vector over all ranks."""
+    said = np.array([_hash(fields), number, step], dtype=np.int64)
+    greatest = maximum(np.concatenate((said, -said, [error is not None]))).tolist()
+    return greatest[:3] == [-least for least in greatest[3:6]] and not greatest[6]
+
+
+def disagreement(
     fields: bytes,
     numbers: Mapping[str, int],
     error: BaseException | None,
-    *,
-    maximum: Callable[[Int64Array], Int64Array],
     gather: Callable[[ByteArray], ByteArray],
-) -> None:
-    """Compare `fields` and `numbers` over all ranks; raise SyncMismatchError on every one if they differ.
-
-    Likewise if a rank has an `error`.
+) -> SyncMismatchError:
+    """The same error on every rank, which says who holds what.
 
     Parameters
     ----------
@@ -46,25 +80,21 @@ def agree(
         More fields, which change with every call.
     error : exception or None
         Why this rank can't make its call.
-    maximum, gather : callable
-        The collectives: elementwise maximum of a vector over all ranks; all ranks' vectors (K,) -> (ranks, K).
+    gather : callable
+        All ranks' vectors (K,) -> (ranks, K).
     """
-    h = _hash(fields, numbers)
-    greatest, least, failed = maximum(np.array([h, -h, error is not None], dtype=np.int64)).tolist()
-    if greatest == -least and not failed:
-        return
     if error is None:
         said = _CALL + _fields.pack(numbers) + fields
     else:
         said = _ERROR + f"{type(error).__name__}: {error}".encode()
     everything = gather(_padded(said))
-    raise SyncMismatchError(_explanation([row.tobytes().rstrip(b"\0") for row in everything])) from error
+    return SyncMismatchError(_explanation([row.tobytes().rstrip(b"\0") for row in everything]))
 
 
-def _hash(fields: bytes, numbers: Mapping[str, int]) -> int:
+@functools.lru_cache(maxsize=1024)  # a layer says the same in every step
+def _hash(fields: bytes) -> int:
     """63 bits: two different calls meet with a chance of 1e-19."""
-    said = struct.pack(f"<{len(numbers)}q", *numbers.values()) + fields
-    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "little") >> 1
 
 
 def _padded(said: bytes) -> ByteArray:
@@ -85,6 +115,7 @@ def _explanation(said: Sequence[bytes]) -> str:
     differing = [name for name in names if len({call.get(name) for call in calls}) > 1]
     # Where the ranks are about to do different things, the settings of those things say nothing.
     differing = [name for name in differing if name in _IDENTITY] or differing
+    differing = [name for name in differing if name != _CONSEQUENCE] or differing
     return "the ranks' calls differ: " + "; ".join(
         f"{name}: {_who_holds_what([call.get(name, 'absent') for call in calls])}" for name in differing
     )

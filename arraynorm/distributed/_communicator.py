@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import contextvars
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ import numpy as np
 
 from arraynorm import _fields
 from arraynorm.distributed import _agreement
+from arraynorm.distributed._agreement import HEAD
 from arraynorm.distributed._errors import SyncError, SyncMismatchError
-from arraynorm.distributed._moments import merge, merge_by_sums, unpacked
+from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, unpacked
+from arraynorm.distributed._rows import Row, row_capacity
 from arraynorm.distributed._staging import Staging
 from arraynorm.typing import Array
 
@@ -22,6 +26,8 @@ MAX_GATHERED_RANKS = 16
 
 Measured with 2 to 16 ranks and 64 to 4096 channels, and by the cost model for a network of 5 us: docs/cost_model.md.
 """
+
+_UNANNOUNCED = _fields.pack({"operation": "a payload that no agree announced"})
 
 
 class LayerNumbers:
@@ -44,7 +50,11 @@ class HostCommunicator(abc.ABC):
     """A communicator whose payloads are float64 on the host.
 
     Every rank does the same arithmetic on the same numbers, so results are bit-identical on all ranks. A subclass
-    brings the transport: `_maximum`, `_gather`, `_sum` and `_broadcast`, which raise rather than wait for ever.
+    brings the transport: `_swap`, `_maximum`, `_gather`, `_sum`, `_broadcast`, which raise rather than wait for ever.
+
+    Where payloads are gathered, `agree` of a call that this rank can make only announces it: the ranks compare their
+    calls in the message of the payload that follows, which raises the SyncMismatchError. Where they are summed, and for
+    an error, `agree` makes a round of its own.
 
     Parameters
     ----------
@@ -61,9 +71,13 @@ class HostCommunicator(abc.ABC):
         self._steps = 0
         self.layer_numbers = LayerNumbers()
         self._said: bytes | None = b""  # None for an error
+        self._is_announced = False  # what was said was not compared yet
         self._broken = ""
         self._turn = _Turn(type(self).__name__, self._break)
         self._staging = Staging()
+        # A rank may bring NaN or infinity: a value, not an event. np.errstate takes 2 us, this 0.1.
+        self._silently: Callable[..., Any] = contextvars.Context().run
+        self._silently(np.seterr, all="ignore")
 
     @property
     @abc.abstractmethod
@@ -74,6 +88,14 @@ class HostCommunicator(abc.ABC):
     @abc.abstractmethod
     def size(self) -> int:
         """The number of ranks."""
+
+    def _row(self, length: int) -> Row:
+        """A row to be written and swapped."""
+        return Row.cut(np.empty(length))
+
+    @abc.abstractmethod
+    def _swap(self, row: Row) -> list[Row]:
+        """The rows of all ranks, which may differ in length; good until the next swap."""
 
     @abc.abstractmethod
     def _maximum(self, a: Any) -> Any:
@@ -97,14 +119,13 @@ class HostCommunicator(abc.ABC):
         """See `arraynorm.typing.Communicator.agree`."""
         self._turn.take()
         try:
-            if self._turn.skip_payload():  # an exception kept this rank from it: the peers wait there, not in a round
+            if self._turn.skip_payload() and not (self._is_announced and self.validate):
+                # An exception kept this rank from it: the peers wait there, not in a round.
                 self._broken = self._broken or f"{self} did not come to the payload of {self._call()}"
-            self._rounds += 1
             self._said = fields if error is None else None
-            if self.validate:
-                # The number of the round finds a skipped or an extra call even where the calls look alike.
-                numbers = {"round": self._rounds, "step": self._steps}
-                _agreement.agree(fields, numbers, error, maximum=self._maximum, gather=self._gather)
+            self._is_announced = True
+            if error is not None or not self._gathers:
+                self._meet(error)
         except BaseException as reason:
             self._break(reason)
             self._turn.release()
@@ -113,36 +134,89 @@ class HostCommunicator(abc.ABC):
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         """See `arraynorm.typing.Communicator.merge_moments`."""
-        staging = self._staging
         with self._turn:
-            if self.size <= self.max_gathered_ranks:
-                gathered = self._gather(staging.message([n], mean, m2))
-                n, merged_mean, merged_m2 = merge(map(unpacked, staging.gathered(gathered)))
+            if self._gathers:
+                parts = [(int(row.n[0]), row.mean, row.m2) for row in self._gathered([n], mean, m2)]
+                n, merged_mean, merged_m2 = self._silently(merge, parts)
             else:
-                n, merged_mean, merged_m2 = merge_by_sums(unpacked(staging.host_message([n], mean, m2)), self._sum)
-            return n, staging.like(mean, merged_mean), staging.like(m2, merged_m2)
+                message = self._staging.host_message([n], mean, m2)
+                n, merged_mean, merged_m2 = self._silently(merge_by_sums, unpacked(message), self._sum)
+            return n, self._staging.like(mean, merged_mean), self._staging.like(m2, merged_m2)
 
     def allreduce_sum(self, a: Array) -> Array:
         """See `arraynorm.typing.Communicator.allreduce_sum`."""
-        staging = self._staging
-        with self._turn, np.errstate(all="ignore"):
-            if self.size <= self.max_gathered_ranks:
-                # row after row (a single column it may pair); on every rank the same
-                total = np.add.reduce(staging.gathered(self._gather(staging.message([], a))), axis=0)
+        with self._turn:
+            if self._gathers:
+                total = self._silently(_added, [row.payload for row in self._gathered([], a)])
             else:
-                total = self._sum(staging.host_message([], a))
-            return staging.like(a, total.reshape(a.shape))
+                total = self._silently(self._sum, self._staging.host_message([], a))
+            return self._staging.like(a, total.reshape(a.shape))
+
+    # -- what the ranks say of a call, alone or at the head of its payload ---------------------------------------
+
+    @functools.cached_property
+    def _gathers(self) -> bool:
+        return self.size <= self.max_gathered_ranks
+
+    def _gathered(self, head: Sequence[float], *arrays: Array) -> list[Row]:
+        """The payloads [*head, *arrays] of all ranks, on the host: views that are good until the next call."""
+        length = HEAD + len(head) + sum(array.size for array in arrays)
+        if length > row_capacity(self.size) or self._staging.sends_device_memory(arrays[0]):
+            if self._is_announced:
+                self._meet()
+            gathered = self._staging.gathered(self._gather(self._staging.message(head, *arrays)))
+            return [Row.of(payload) for payload in gathered]
+        row = self._row(length)
+        self._staging.write(row, head, *arrays)
+        return self._compared(row)
+
+    def _meet(self, error: BaseException | None = None) -> None:
+        """Make the round that was announced, without a payload."""
+        if not self.validate:
+            self._is_announced = False
+        elif self._gathers:
+            self._compared(self._row(HEAD), error)
+        else:
+            fields = self._take_announced()
+            if not _agreement.agree_by_maximum(fields, error, self._rounds, self._steps, self._maximum):
+                raise self._disagreement(fields, error) from error
+
+    def _compared(self, row: Row, error: BaseException | None = None) -> list[Row]:
+        """The rows of all ranks, once their heads were found to be equal."""
+        fields = self._take_announced()
+        _agreement.write_head(row.head, fields, error, self._rounds, self._steps, len(row.payload))
+        rows = self._swap(row)
+        if self.validate and not _agreement.agree_by_heads([row.head for row in rows], self.rank, error):
+            raise self._disagreement(fields, error, elements=len(row.payload)) from error
+        return rows
+
+    def _disagreement(self, fields: bytes, error: BaseException | None, **numbers: int) -> SyncMismatchError:
+        numbers = {"round": self._rounds, "step": self._steps, **numbers}
+        return _agreement.disagreement(fields, numbers, error, self._gather)
+
+    def _take_announced(self) -> bytes:
+        """What this rank says in the round that it now makes."""
+        if not self._is_announced:
+            return _UNANNOUNCED
+        self._is_announced = False
+        # The number of the round finds a skipped or an extra call even where the calls look alike.
+        self._rounds += 1
+        return self._said or b""
 
     # -- payloads of any dtype, for data-parallel training -------------------------------------------------------
 
     def allreduce(self, vectors: Sequence[Any]) -> list[Any]:
         """The sums over all ranks of vectors of host numbers, in their dtypes: the same bits on each rank."""
-        with self._turn, np.errstate(all="ignore"):
-            return [self._sum(vector) for vector in vectors]
+        with self._turn:
+            if self._is_announced:
+                self._meet()
+            return [self._silently(self._sum, vector) for vector in vectors]
 
     def broadcast(self, vectors: Sequence[Any], root: int) -> list[Any]:
         """Rank root's vectors of host numbers; `vectors` give sizes and dtypes and may be overwritten."""
         with self._turn:
+            if self._is_announced:
+                self._meet()
             return [self._broadcast(vector, root) for vector in vectors]
 
     def _break(self, reason: BaseException) -> None:
@@ -154,7 +228,8 @@ class HostCommunicator(abc.ABC):
         """A round that no payload follows."""
         self.agree(fields, error)
         with self._turn:
-            pass
+            if self._is_announced:
+                self._meet()
 
     def _call(self) -> str:
         """ "SyncBatchNorm 3, batch_norm, step 12": what a rank that waits in vain says that it waits for."""
@@ -181,7 +256,8 @@ class HostCommunicator(abc.ABC):
         except SyncError:  # every rank has it already, or can't be reached
             raise
         except BaseException as error:
-            if self._broken or self._turn.payload_is_due:  # the peers wait in another collective than a round
+            # the peers wait in another collective than a round
+            if self._broken or (self._turn.payload_is_due and not self._is_announced):
                 raise
             self._agree_alone(b"", error)
             raise
@@ -199,8 +275,17 @@ class HostCommunicator(abc.ABC):
         raise TypeError(f"{type(self).__name__}: a communicator cannot be pickled")
 
 
+def _added(vectors: Sequence[Float64Array]) -> Float64Array:
+    """Their sum, in their order."""
+    first, *rest = vectors
+    total = first.copy()
+    for vector in rest:
+        total += vector
+    return total
+
+
 class _Turn:
-    """The one thread that may send: from an agreement round to the end of its payload no other comes between."""
+    """The one thread that may send: from an agreement to the end of its payload no other comes between."""
 
     def __init__(self, whose: str, on_error: Callable[[BaseException], None]) -> None:
         self._whose = whose
@@ -219,7 +304,7 @@ class _Turn:
         self._lock.release()
 
     def keep_for_payload(self) -> None:
-        """The round that the turn was taken for has passed; its payload is to come."""
+        """The turn was taken for a call that was agreed on or announced; its payload is to come."""
         self.payload_is_due = True
 
     def skip_payload(self) -> bool:
@@ -249,6 +334,9 @@ class SelfCommunicator(HostCommunicator):
         """Raises `error` itself, if there is one."""
         if error is not None:
             raise error
+
+    def _swap(self, row: Row) -> list[Row]:
+        return [row]
 
     def _maximum(self, a: Any) -> Any:
         return a

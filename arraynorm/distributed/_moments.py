@@ -17,26 +17,28 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
     Pairwise update of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances", 1979, equation 1.5: no square of a mean is ever subtracted, and equal constants merge to themselves.
+    A rank may bring NaN or infinity, a value, not an event: the caller silences NumPy, here and below.
     """
     n, mean, m2 = 0, np.zeros(()), np.zeros(())
-    with np.errstate(all="ignore"):  # a rank may bring NaN or infinity: a value, not an event
-        for n_part, mean_part, m2_part in parts:
-            if n == 0:
-                if n_part == 0:  # an empty rank has no mean
-                    mean, m2 = np.zeros_like(mean_part), np.zeros_like(m2_part)
-                else:
-                    n, mean, m2 = n_part, mean_part.copy(), m2_part.copy()
-            elif n_part > 0:
-                # In place: with many channels half of the time is new memory.
-                total = n + n_part
-                delta = mean_part - mean
+    is_ours = False  # or a part's own memory
+    for n_part, mean_part, m2_part in parts:
+        if n == 0:  # an empty rank has no mean
+            n, mean, m2 = n_part, mean_part, m2_part
+        elif n_part > 0:
+            total = n + n_part
+            delta = mean_part - mean
+            if is_ours:  # in place: with many channels half of the time is new memory
                 mean += delta * (n_part / total)
-                delta *= delta
-                delta *= n * n_part / total
                 m2 += m2_part
-                m2 += delta
-                n = total
-    return n, mean, m2
+            else:
+                mean, m2, is_ours = mean + delta * (n_part / total), m2 + m2_part, True
+            delta *= delta
+            delta *= n * n_part / total
+            m2 += delta
+            n = total
+    if n == 0:
+        return 0, np.zeros_like(mean), np.zeros_like(m2)
+    return (n, mean, m2) if is_ours else (n, mean.copy(), m2.copy())
 
 
 def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Array]) -> Moments:
@@ -47,17 +49,16 @@ def merge_by_sums(part: Moments, allreduce: Callable[[Float64Array], Float64Arra
     constants would not be that constant: mean - g has few bits, so its products and sums are exact.
     """
     n, mean, m2 = part
-    with np.errstate(all="ignore"):
-        total = allreduce(np.concatenate(([float(n)], n * mean)))
-        count = float(total[0])
-        if count == 0:
-            return 0, np.zeros_like(mean), np.zeros_like(m2)
-        g = total[1:] / count
-        delta = mean - g if n else np.zeros_like(mean)
-        sums = allreduce(np.concatenate((n * delta, m2 + n * delta * delta)))
-        channels = mean.shape[0]
-        d = sums[:channels] / count
-        return int(count), g + d, np.maximum(sums[channels:] - count * d * d, 0.0)
+    total = allreduce(np.concatenate(([float(n)], n * mean)))
+    count = float(total[0])
+    if count == 0:
+        return 0, np.zeros_like(mean), np.zeros_like(m2)
+    g = total[1:] / count
+    delta = mean - g if n else np.zeros_like(mean)
+    sums = allreduce(np.concatenate((n * delta, m2 + n * delta * delta)))
+    channels = mean.shape[0]
+    d = sums[:channels] / count
+    return int(count), g + d, np.maximum(sums[channels:] - count * d * d, 0.0)
 
 
 def unpacked(message: Float64Array) -> Moments:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from arraynorm import _array
+from arraynorm.distributed._rows import Row
 from arraynorm.typing import Array
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -56,6 +57,17 @@ class Staging:
         """[*head, *arrays] as one new float64 vector on the host."""
         return np.concatenate([np.asarray(head, dtype=np.float64), *self._on_host(arrays)])
 
+    def sends_device_memory(self, array: Array) -> bool:
+        return self.cuda_aware and route(_array.library(array), True) == "device"
+
+    def write(self, row: Row, head: Sequence[float], *arrays: Array) -> None:
+        """Put [*head, *arrays], which are moments with a head and a sum without, into a row."""
+        flat = self._on_host(arrays)
+        if head:
+            row.n[0], row.mean[:], row.m2[:] = head[0], *flat
+        else:
+            row.payload[:] = flat[0]
+
     def gathered(self, messages: Any) -> Any:
         """What was gathered, on the host: a view that is good until the next call."""
         return self._on_host([messages])[0].reshape(messages.shape)
@@ -78,6 +90,8 @@ class Staging:
 
     def _on_host(self, arrays: Sequence[Array]) -> list[Any]:
         """Flat host copies or views of arrays of one library."""
+        if type(arrays[0]) is np.ndarray:
+            return [array.reshape(-1) for array in arrays]
         if _array.library(arrays[0]) != "cupy":
             return [_array.to_numpy(array).reshape(-1) for array in arrays]
         with arrays[0].device:

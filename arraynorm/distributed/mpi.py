@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import math
 import os
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +16,9 @@ import numpy as np
 from arraynorm import _array, _fields
 from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunicator
 from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
+from arraynorm.distributed._job import abort_at_exit, goes_on_without_a_rank, need_not_abort
+from arraynorm.distributed._job import mpi as _mpi
+from arraynorm.distributed._rows import DirectRows, Row, Swap
 from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
@@ -26,12 +26,9 @@ from arraynorm.distributed._staging import Staging, empty
 # other process for a slice of some ms.
 _SPINS, _YIELDS, _NAP = 500, 2500, 1e-4
 
-# Seconds before the job is aborted: the deadlines of the other ranks pass at about the same time, and they should
-# come to say so.
-_GRACE = 1.0
-
-# Seconds for MPI_Abort to end this process, before the kernel does.
-_LAST_RESORT = 10
+# Where MPICH has more ranks than cores: who polls keeps its peer from running (Open MPI yields by itself then). With 4
+# and 8 ranks on 2 cores a call takes half to a quarter of the time.
+_SPINS_WHERE_CROWDED = 20
 
 _DEFAULTS: dict[str, Any] = {
     "timeout": 1800.0,
@@ -45,9 +42,6 @@ _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 _abandoned: list[Any] = []
 """Requests that never completed, and their buffers, which MPI may still write to."""
-
-_unrecovered: list[MPICommunicator] = []
-"""Broken communicators that were not shrunk: MPI_Finalize may wait for their missing ranks for ever."""
 
 
 def is_mpi4py(comm: object) -> bool:
@@ -139,7 +133,7 @@ class MPICommunicator(HostCommunicator):
         self._said = creation
         try:
             duplicate, request = comm.Idup()
-            self._wait(request, duplicate)
+            self._wait(request.Test, request, duplicate)
         except _mpi().Exception as error:
             raise self._failed(error) from error
         self._comm = duplicate
@@ -155,6 +149,8 @@ class MPICommunicator(HostCommunicator):
         self._staging = Staging(cuda_aware)
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._error: type[SyncError] = SyncTimeoutError
+        self._rows: DirectRows | None = None
+        self._spins = _SPINS_WHERE_CROWDED if _is_crowded(os.environ) else _SPINS
 
     @property
     def rank(self) -> int:
@@ -163,6 +159,21 @@ class MPICommunicator(HostCommunicator):
     @property
     def size(self) -> int:
         return int(self._size)
+
+    def _row(self, length: int) -> Row:
+        if self._rows is None:
+            self._rows = DirectRows(_mpi(), self._usable())
+        return self._rows.own(length)
+
+    def _swap(self, row: Row) -> list[Row]:
+        self._usable()
+        rows: Any = self._rows
+        try:
+            swap: Swap = rows.start(len(row.whole))
+            self._wait(swap.is_complete, rows)
+        except _mpi().Exception as error:
+            raise self._failed(error) from error
+        return swap.rows
 
     def _maximum(self, a: Any) -> Any:
         greatest = np.empty_like(a)
@@ -193,17 +204,18 @@ class MPICommunicator(HostCommunicator):
 
     def _complete(self, collective: Callable[..., Any], *buffers: Any, **options: Any) -> None:
         try:
-            self._wait(collective(*buffers, **options), *buffers)
+            request = collective(*buffers, **options)
+            self._wait(request.Test, request, *buffers)
         except _mpi().Exception as error:
             raise self._failed(error) from error
 
-    def _wait(self, request: Any, *buffers: Any) -> None:
-        """Until `request` is complete, or the deadline has passed."""
+    def _wait(self, is_complete: Callable[[], bool], *held: Any) -> None:
+        """Until requests are complete, or the deadline has passed; `held` are they and their buffers."""
         polls, deadline = 0, time.monotonic() + self.timeout
         try:
-            while not request.Test():
+            while not is_complete():
                 polls += 1
-                if polls > _SPINS:
+                if polls > self._spins:
                     if polls < _YIELDS:
                         _yield_core()
                     else:
@@ -212,8 +224,8 @@ class MPICommunicator(HostCommunicator):
                         self._give_up()
         except BaseException:  # the deadline, what MPI reports, or what a signal handler raises, as on Ctrl-C
             # Neither cancelled nor freed: MPI can't cancel a collective, and may yet write to the buffers.
-            _abandoned.append((request, buffers, self._comm))
-            _abort_at_exit(self)
+            _abandoned.append((held, self._comm))
+            abort_at_exit(self)
             raise
 
     def _give_up(self) -> None:
@@ -235,11 +247,11 @@ class MPICommunicator(HostCommunicator):
                 self._comm.Revoke()
         self._error = SyncRankFailedError if died else SyncError
         self._broken = f"rank {self.rank} of {self.size}: MPI reports an error in {self._call()}: {error}"
-        _abort_at_exit(self)
+        abort_at_exit(self)
         end = "the job will be aborted when this process exits"
-        if died:
-            end = f"a rank has died or given up: go on with those that are left by `comm = comm.shrink()`, or {end}"
-        return self._error(f"{self._broken}; {end}")
+        if died and goes_on_without_a_rank():
+            end = f"go on with those that are left by `comm = comm.shrink()`, or {end}"
+        return self._error(f"{self._broken}; {'a rank has died or given up: ' if died else ''}{end}")
 
     def _death_is_known(self, error: Any) -> bool:
         """Whether an error of MPI is about a rank that has died, or a peer that knows of one."""
@@ -260,8 +272,8 @@ class MPICommunicator(HostCommunicator):
         Raises
         ------
         RuntimeError
-            The MPI library has no User-Level Failure Mitigation (ULFM). Open MPI has, under `mpiexec --with-ft ulfm`;
-            other launchers end the job when a rank dies.
+            The MPI library has no User-Level Failure Mitigation (ULFM), or does not use it in this job. Open MPI does
+            under `mpiexec --with-ft ulfm`; other launchers end the job when a rank dies. Nothing is changed.
         SyncTimeoutError
             A rank that has not died did not come within `timeout`.
 
@@ -270,25 +282,25 @@ class MPICommunicator(HostCommunicator):
         Bland et al., "Post-failure recovery of MPI communication capability: Design and rationale", 2013.
         """
         MPI = _mpi()
-        self._said = _fields.pack({"operation": "shrinking"})
-        try:
-            self._comm.Revoke()
-        except NotImplementedError as error:
+        if not goes_on_without_a_rank():
             raise RuntimeError(
-                f"MPICommunicator.shrink: {MPI.get_vendor()[0]} can't go on without a rank; Open MPI can, started by "
-                "`mpiexec --with-ft ulfm`"
-            ) from error
+                f"MPICommunicator.shrink: {MPI.get_vendor()[0]}, as it was started, can't go on without a rank; "
+                "Open MPI can, started by `mpiexec --with-ft ulfm`"
+            )
+        self._said = _fields.pack({"operation": "shrinking"})
+        self._comm.Revoke()
         # Shrink waits for all who live, and Ishrink fails with ERR_INTERN in Open MPI 5.0.11: so they are awaited here.
         everyone = np.ones(1, dtype=np.intc)
         try:
-            self._wait(self._comm.Iagree(everyone), everyone)
+            request = self._comm.Iagree(everyone)
+            self._wait(request.Test, request, everyone)
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_PROC_FAILED:  # this one says that all came but the dead
                 raise self._failed(error) from error
         survivors = self._comm.Shrink()
         if not self._broken:
             self._broken, self._error = "it was shrunk", SyncError
-        _unrecovered[:] = [other for other in _unrecovered if other is not self]
+        need_not_abort(self)
         shrunk = object.__new__(type(self))  # nobody else has its MPI communicator: it need not be a duplicate
         shrunk._set_up(survivors, self.timeout, self.validate, self.max_gathered_ranks, self.cuda_aware)
         shrunk._comm = survivors
@@ -296,6 +308,12 @@ class MPICommunicator(HostCommunicator):
 
     def __repr__(self) -> str:
         return f"MPICommunicator(rank {self.rank} of {self.size})"
+
+
+def _is_crowded(environment: Mapping[str, str]) -> bool:
+    """Whether MPICH's launcher, Hydra, has started more ranks than there are cores on this host."""
+    ranks = environment.get("MPI_LOCALNRANKS", "")
+    return ranks.isdigit() and int(ranks) > (os.cpu_count() or 1)
 
 
 def _is_group_of_ranks(comm: Any) -> bool:
@@ -322,35 +340,6 @@ def _keyval() -> int:
 def _free(comm: Any, keyval: int, communicator: MPICommunicator) -> None:
     """The raw communicator is being freed, by all its ranks: so is the duplicate."""
     if not communicator._broken:
+        if communicator._rows is not None:
+            communicator._rows.free()
         communicator._comm.Free()
-
-
-@functools.cache
-def _mpi() -> Any:
-    from mpi4py import MPI
-
-    return MPI
-
-
-def _abort_at_exit(communicator: MPICommunicator) -> None:
-    """End the job when this process exits, unless `communicator` is shrunk before."""
-    _unrecovered.append(communicator)
-    _register_abort()
-
-
-@functools.cache
-def _register_abort() -> None:
-    atexit.register(_abort)  # runs before mpi4py's own exit hook, whose MPI_Finalize would wait for ever
-
-
-def _abort() -> None:
-    if not _unrecovered:
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(_GRACE)
-    if hasattr(signal, "alarm"):
-        # MPICH's Abort waits for a launcher that a rank on a host without network can't reach.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_LAST_RESORT)
-    _mpi().COMM_WORLD.Abort(1)

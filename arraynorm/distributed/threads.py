@@ -12,6 +12,7 @@ import numpy as np
 from arraynorm import _check
 from arraynorm.distributed._communicator import HostCommunicator
 from arraynorm.distributed._errors import SyncTimeoutError
+from arraynorm.distributed._rows import Row
 
 T = TypeVar("T")
 
@@ -72,6 +73,9 @@ class ThreadCommunicator(HostCommunicator):
     @property
     def size(self) -> int:
         return self._group.size
+
+    def _swap(self, row: Row) -> list[Row]:
+        return self._exchange(row)
 
     def _maximum(self, a: Any) -> Any:
         return self._gather(a).max(axis=0)

@@ -7,7 +7,7 @@ import pytest
 
 import arraynorm as an
 from arraynorm import _fields
-from arraynorm.distributed import SELF, SyncMismatchError
+from arraynorm.distributed import SELF, SyncMismatchError, ThreadCommunicator
 from arraynorm.distributed.threads import run_ranks
 
 RANKS, ODD = 3, 1  # one rank of three does something else
@@ -257,8 +257,45 @@ def test_self_raises_the_error_itself():
 def test_a_field_that_only_some_ranks_have_is_shown_as_absent():
     def call(comm):
         comm.agree(_fields.pack({"a": 1, "b": 2.5} if comm.rank == ODD else {"a": 1}))
+        comm.allreduce_sum(ones)  # which carries what was announced
 
     assert "differ: b: absent on rank 0, 2.5 on rank 1, absent on rank 2" in same_mismatch(outcomes(call))
+
+
+def test_payloads_of_other_lengths_do_not_meet_even_where_all_say_the_same():
+    def call(comm):
+        comm.agree(b"")
+        comm.allreduce_sum(np.ones(3 + (comm.rank == ODD)))
+
+    said = "elements: 3 on rank 0, 4 on rank 1, 3 on rank 2"
+    assert same_mismatch(outcomes(call)) == f"the ranks' calls differ: {said}"
+
+
+def test_a_payload_does_not_meet_one_that_was_not_announced():
+    def call(comm):
+        if comm.rank != ODD:
+            comm.agree(_fields.pack({"operation": "mine"}))
+        comm.allreduce_sum(ones)
+
+    assert "operation: mine on rank 0, a payload that no agree announced on rank 1" in same_mismatch(outcomes(call))
+
+
+@pytest.mark.parametrize("threshold", [1, RANKS])
+@pytest.mark.parametrize("channels", [3, 2**14])  # the longer ones do not come with what is said of them
+def test_differences_are_found_and_the_communicator_stays_usable_however_long_the_payload(threshold, channels):
+    wide = np.random.default_rng(0).normal(size=(4, channels))
+
+    def call(comm):
+        comm = ThreadCommunicator(comm._group, comm.rank, max_gathered_ranks=threshold)
+        with pytest.raises(SyncMismatchError) as caught:
+            an.batch_norm(wide, eps=1e-3 if comm.rank == ODD else 1e-5, comm=comm)
+        assert "eps: 1e-05 on rank 0, 0.001 on rank 1" in str(caught.value)
+        with pytest.raises(SyncMismatchError, match="channels: "):
+            an.batch_norm(wide[:, : channels - (comm.rank == ODD)], comm=comm)
+        return an.batch_norm(wide, comm=comm)
+
+    for y in run_ranks(RANKS, call):
+        np.testing.assert_allclose(y, an.batch_norm(wide), rtol=0, atol=1e-12)
 
 
 def test_fields_come_back_as_they_were_packed():

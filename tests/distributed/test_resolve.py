@@ -48,6 +48,12 @@ class Intracomm:
         greatest[...] = payload
         return DONE
 
+    def Recv_init(self, buffer, source):
+        return SimpleNamespace(into=buffer[0])
+
+    def Send_init(self, buffer, dest):
+        return SimpleNamespace(out=buffer[0])
+
     def Idup(self):
         self.duplicates.append(Intracomm(self.ranks))
         return self.duplicates[-1], DONE
@@ -57,6 +63,19 @@ class Intracomm:
 
     def Set_attr(self, keyval, value):
         self.attributes[keyval] = value
+
+
+class Prequest:
+    """Of two ranks that always say the same."""
+
+    @staticmethod
+    def Startall(requests):
+        for receive, send in zip(requests[: len(requests) // 2], requests[len(requests) // 2 :], strict=True):
+            receive.into[: len(send.out)] = send.out
+
+    @staticmethod
+    def Testall(requests):
+        return True
 
 
 Intracomm.__module__ = "mpi4py.MPI"  # how a communicator is recognized without importing mpi4py
@@ -84,6 +103,7 @@ def mpi4py(monkeypatch):
     package.__spec__, package.MPI = ModuleSpec("mpi4py", None), module
     module.Intracomm, module.COMM_NULL, module.COMM_WORLD = Intracomm, Intracomm(0), Intracomm(2)
     module.Comm, module.MAX = SimpleNamespace(Create_keyval=lambda delete_fn: 7), None
+    module.DOUBLE, module.Prequest = None, Prequest
     module.get_vendor = lambda: ("a stand-in", (1,))
     monkeypatch.setitem(sys.modules, "mpi4py", package)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", module)
@@ -92,6 +112,12 @@ def mpi4py(monkeypatch):
     yield module
     for cached in (mpi._mpi, mpi._keyval):
         cached.cache_clear()
+
+
+def test_hydra_says_whether_ranks_share_cores():
+    assert not mpi._is_crowded({})
+    assert not mpi._is_crowded({"MPI_LOCALNRANKS": "1"})
+    assert mpi._is_crowded({"MPI_LOCALNRANKS": "1000000"})
 
 
 # -- the world -------------------------------------------------------------------------------------------------

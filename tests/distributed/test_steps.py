@@ -145,15 +145,64 @@ def test_a_second_thread_between_a_round_and_its_payload_is_refused():
     assert run_ranks(2, call) == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("in_step", [True, False])
-def test_an_exception_between_a_round_and_its_payload_leaves_no_rank_in_another_ranks_payload(in_step):
-    def fail(*moments):
-        raise MemoryError("planted")
+class Failing(ThreadCommunicator):
+    """One rank's first payload fails before anything of it is sent."""
 
+    has_failed = False
+
+    def merge_moments(self, n, mean, m2):
+        if self.rank == ODD and not self.has_failed:
+            self.has_failed = True
+            raise MemoryError("planted")
+        return super().merge_moments(n, mean, m2)
+
+
+def failing(comm, **settings):
+    return Failing(comm._group, comm.rank, **settings)
+
+
+def test_a_call_that_failed_before_its_payload_can_be_made_again():
     def call(comm):
+        layer = an.SyncBatchNorm(3, comm=failing(comm))
+        try:
+            return layer(x)
+        except MemoryError:
+            return layer(x)
+
+    for y in run_ranks(RANKS, call, timeout=20):
+        np.testing.assert_allclose(y, an.SyncBatchNorm(3, comm=SELF)(x), rtol=0, atol=1e-14)
+
+
+def test_a_call_that_failed_before_its_payload_is_everyones_error_by_the_end_of_the_step():
+    def call(comm):
+        comm = failing(comm)
         layer = an.SyncBatchNorm(3, comm=comm)
-        if comm.rank == ODD:
-            comm.merge_moments = fail
+        with comm.step():
+            layer(x)
+
+    errors = run_ranks(RANKS, call, timeout=20, return_exceptions=True)
+    assert [str(error) for error in errors] == [f"a rank refused its call; rank {ODD}: MemoryError: planted"] * RANKS
+    assert {type(error) for error in errors} == {SyncMismatchError}
+
+
+def test_a_call_that_failed_before_its_payload_does_not_meet_the_next_one():
+    def call(comm):
+        first, second = (an.SyncBatchNorm(3, comm=comm) for comm in [failing(comm)] * 2)
+        try:
+            first(x)
+        except MemoryError:
+            second(x)
+
+    errors = run_ranks(RANKS, call, timeout=20, return_exceptions=True)
+    assert {type(error) for error in errors} == {SyncMismatchError}
+    assert {str(error) for error in errors} == {"the ranks' calls differ: index: 0 on rank 0, 1 on rank 1, 0 on rank 2"}
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_an_exception_between_a_round_and_a_sum_leaves_no_rank_in_another_ranks_payload(in_step):
+    def call(comm):
+        comm = failing(comm, max_gathered_ranks=1)
+        layer = an.SyncBatchNorm(3, comm=comm)
         try:
             with comm.step() if in_step else contextlib.nullcontext():
                 layer(x)

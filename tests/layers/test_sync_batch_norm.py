@@ -214,20 +214,21 @@ class Recorded(ThreadCommunicator):
         super().__init__(comm._group, comm.rank)
         self.sent: list[str] = []
 
-    def _gather(self, a: Any) -> Any:
-        self.sent.append("payload")
-        return super()._gather(a)
+    def _swap(self, row: Any) -> Any:
+        self.sent.append("agreement and payload")
+        return super()._swap(row)
 
-    def _maximum(self, a: Any) -> Any:
-        self.sent.append("agreement")
-        return self._group.exchange(self._rank, a)[0]
+    def _gather(self, a: Any) -> Any:
+        raise AssertionError("a message of its own")
+
+    _sum = _maximum = _broadcast = _gather
 
 
 @pytest.mark.behaviour(39)
 @pytest.mark.parametrize("number", [2, 3, 16])
 @pytest.mark.parametrize("affine", [True, False])
 @LAYERS
-def test_a_step_is_one_payload_each_way_after_an_agreement(kind: Kind, number: int, affine: bool) -> None:
+def test_a_step_is_one_message_each_way_which_carries_the_agreement(kind: Kind, number: int, affine: bool) -> None:
     def rank(comm: ThreadCommunicator) -> list[list[str]]:
         recorded = Recorded(comm)
         layer = kind.on(recorded, affine=affine)
@@ -236,4 +237,4 @@ def test_a_step_is_one_payload_each_way_after_an_agreement(kind: Kind, number: i
         layer.backward(draw(2, 3, seed=comm.rank))
         return [forward, recorded.sent]
 
-    assert on_ranks(number, rank) == [[["agreement", "payload"]] * 2] * number
+    assert on_ranks(number, rank) == [[["agreement and payload"]] * 2] * number

@@ -14,7 +14,13 @@ import pytest
 from arraynorm.distributed._resolve import launched_ranks
 
 RANKS = launched_ranks(os.environ)
-STARTERS = ("test_under_mpiexec.py", "test_faulty_jobs.py", "test_lost_ranks.py", "test_two_hosts.py")
+STARTERS = (
+    "test_under_mpiexec.py",
+    "test_cost_benchmark.py",
+    "test_faulty_jobs.py",
+    "test_lost_ranks.py",
+    "test_two_hosts.py",
+)
 
 # On one rank the tests of ranks are not for collection: the starters run them.
 collect_ignore = [

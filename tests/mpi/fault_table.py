@@ -109,10 +109,15 @@ FAULTS = {
         own="KeyError: 'planted'",
     ),
     "exception_inside": Fault(
-        "an exception within a call, after its round (out of memory)",
+        "an exception within a call, before its message (out of memory)",
+        *closed(Outcome(DEADLINE, "SyncBatchNorm 0, batch_norm"), "rank {odd}: MemoryError: planted"),
+        own="MemoryError: planted",
+    ),
+    "exception_after_round": Fault(
+        "the same where statistics are summed, after a round",
         *both(DEADLINE, "SyncBatchNorm 0, batch_norm"),
         own="MemoryError: planted",
-        why="the others wait in the payload, where a round of this rank would be garbage: it makes no other",
+        why="the others wait in the sum, where a round of this rank would be garbage: it makes no other",
     ),
     "interrupted": Fault(
         "a signal handler raises while the rank waits",
@@ -140,8 +145,11 @@ FAULTS = {
         why="the job has ended by then",
     ),
     "killed_before": Fault("SIGKILL before a collective", *both(KILLED)),
-    "killed_in_a_round": Fault("SIGKILL within an agreement round", *both(KILLED), own="killed inside agree"),
     "killed_in_a_payload": Fault("SIGKILL within a payload", *both(KILLED), own="killed inside merge_moments"),
+    "killed_in_a_round": Fault(
+        "SIGKILL within an agreement round (statistics are summed)", *both(KILLED), own="killed inside agree"
+    ),
+    "killed_in_a_sum": Fault("SIGKILL within a sum", *both(KILLED), own="killed inside merge_moments"),
 }
 
 
