@@ -16,7 +16,7 @@ from arraynorm import _array
 from arraynorm.kernels.cuda import Instance, _loader, instances, warm_up
 from arraynorm.kernels.cuda._loader import Plan
 
-ONE = Instance("batch_norm.cu", "slab_apply<float, 4, false>")
+ONE = Instance("batch_norm.cu", "apply<Slab, float, 4, false>")
 
 
 @pytest.fixture
