@@ -7,9 +7,11 @@ of kernels that are pointers to host memory. What it cannot show: streams, the b
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,6 +27,7 @@ from cuda.emulated import LARGE, module_of
 CURRENT = [0]
 """The stack of current devices."""
 COUNT = 2
+_one_at_a_time = threading.Lock()  # the emulator has one set of fibers
 launched: list[tuple[str, int]] = []
 """Kernels, and the devices that were current."""
 
@@ -90,8 +93,16 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
             found(*_host(given), **{k: _host(v) for k, v in options.items()}), self.device.id
         )
 
-    def get(self, order="C"):
-        return self.host.copy(order)
+    def get(self, stream=None, order="C", out=None, blocking=True):
+        if out is None:
+            return self.host.copy(order)
+        assert (out.shape, out.dtype) == (self.host.shape, self.host.dtype)
+        np.copyto(out, self.host)
+        return out
+
+    def set(self, array, stream=None):
+        assert (array.shape, array.dtype) == (self.host.shape, self.host.dtype)
+        np.copyto(self.host, array)
 
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -151,7 +162,8 @@ class RawModule:
                 by_value = isinstance(one, np.generic) or (isinstance(one, np.ndarray) and one.dtype.names)
                 assert one is None or ours or (by_value and one.size == 1), one
             launched.append((name, CURRENT[-1]))
-            kernel(grid, block, [one.host if isinstance(one, ndarray) else one for one in arguments], shared_mem)
+            with _one_at_a_time:
+                kernel(grid, block, [one.host if isinstance(one, ndarray) else one for one in arguments], shared_mem)
 
         launch.shared_size_bytes = 0
         return launch
@@ -162,6 +174,9 @@ class Stream:
 
     def __init__(self, null=False, non_blocking=False):
         self.ptr = 1
+
+    def synchronize(self):
+        pass
 
     def __enter__(self):
         return self
@@ -190,7 +205,7 @@ _PROPERTIES = {
 
 
 class ImitatedCuPy(ModuleType):
-    """The modules cupy and array_api_compat.cupy in one."""
+    """The modules cupy, cupyx and array_api_compat.cupy in one."""
 
     __version__ = "0"
     ndarray, RawModule = ndarray, RawModule
@@ -209,6 +224,10 @@ class ImitatedCuPy(ModuleType):
             runtimeGetVersion=lambda: 13000,
         ),
     )
+
+    @staticmethod
+    def empty_pinned(shape, dtype):  # cupyx's
+        return np.empty(shape, dtype)
 
     @staticmethod
     def get_default_memory_pool():
@@ -240,6 +259,7 @@ class ImitatedCuPy(ModuleType):
 
 
 CUPY = ImitatedCuPy("cupy")
+CUPY.__spec__ = ModuleSpec("cupy", None)  # importlib.util.find_spec("cupy") finds it
 
 
 @contextmanager
@@ -251,7 +271,7 @@ def imitated_cupy() -> Iterator[ImitatedCuPy]:
             raise ValueError(f"Unsupported device {device!r}")
         return ndarray(array.host.copy("K"), device.id)
 
-    modules = {"cupy": CUPY, "array_api_compat.cupy": CUPY}
+    modules = {"cupy": CUPY, "cupyx": CUPY, "array_api_compat.cupy": CUPY}
     caches = (_loader.compiled, _loader.properties)
     for cache in caches:
         cache.cache_clear()

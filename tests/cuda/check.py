@@ -41,18 +41,19 @@ def inputs() -> str:
 
 
 def emulate(jobs: int) -> dict[str, Any]:
-    """The record of the tests of tests/cuda, which run every instance."""
-    command = [sys.executable, "-m", "pytest", "cuda", "-q", "-n", str(jobs)]
-    command += [f"--ignore=cuda/{name}" for name in RUN_NO_KERNEL]  # that README is up to date shows only after this
+    """The record of the tests of tests/cuda, which run every instance; and the suite on CuPy's arrays, imitated."""
+    of_what = inputs()
     # half an hour for a test: it may be paused for as long; deadlocks the emulator finds by itself
-    command += ["-m", "not parity", "-p", "no:cacheprovider", "--timeout", "1800"]
-    done = subprocess.run(command, cwd=TESTS, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", str(jobs), "-p", "no:cacheprovider", "--timeout", "1800"]
+    others = [f"--ignore=cuda/{name}" for name in RUN_NO_KERNEL]  # that README is up to date shows only after this
+    for command in (["cuda", "-m", "not parity", *others], ["-p", "suite_on_imitated_cupy", "-k", "cupy"]):
+        done = subprocess.run([*pytest, *command], cwd=TESTS, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
     return {
         "what": "run in the emulator",
         "sources": _loader.source_hashes(),
-        "inputs": inputs(),
+        "inputs": of_what,
         "schedules": len(SCHEDULES),
         "instances": [f"{one.source}: {one.name}" for one in instances()],
     }
