@@ -226,6 +226,12 @@ class ImitatedCuPy(ModuleType):
     )
 
     @staticmethod
+    def _as_strided(array, shape, strides):
+        return _ours(np.lib.stride_tricks.as_strided(array.host, shape, strides), array.device.id)
+
+    lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
+
+    @staticmethod
     def empty_pinned(shape, dtype):  # cupyx's
         return np.empty(shape, dtype)
 
