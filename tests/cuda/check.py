@@ -27,15 +27,17 @@ COMPILED, EMULATED = "cuda_compiled.json", "cuda_emulated.json"
 
 RUN_NO_KERNEL = ("check.py", "nvrtc.py", "test_loader.py", "test_records.py")
 """Files of tests/cuda that the emulated kernels do not depend on."""
-HELPERS = ("data.py", "namespaces.py", "norms.py", "oracle.py", "tolerances.py")
-"""Of tests/: what the kernels are held to."""
 
 
 def inputs() -> str:
-    """The hash of all that the emulated tests come from, but for the parts of the package that `make test` is about."""
+    """The hash of the kernels, their Python, the emulator and its tests.
+
+    What they are held to is not in it (tests/oracle.py, tests/tolerances.py, ...): `make test` holds an instance of
+    each template to that at every change.
+    """
     package = Path(_loader.__file__).parent
     files = [file for file in sorted((TESTS / "cuda").glob("*.*")) if file.name not in RUN_NO_KERNEL]
-    files += [*sorted(package.glob("*.py")), *(TESTS / name for name in HELPERS)]
+    files += sorted(package.glob("*.py"))
     parts = [(file.name, file.read_text()) for file in files]
     return hashlib.sha256(repr((parts, _loader.source_hashes())).encode()).hexdigest()[:16]
 

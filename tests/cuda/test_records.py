@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,11 +180,19 @@ def test_the_check_says_what_it_reuses_and_what_is_left(tmp_path):
 
 
 def test_the_check_of_emulated_kernels_depends_on_every_file_that_they_come_from(tmp_path, monkeypatch):
+    """In a copy of tests/cuda one file has a line more; then a kernel has another hash."""
     before = check.inputs()
-    for file in (HELPER := "norms.py", "cuda/emulator.cpp", "cuda/test_bits.py"):
-        assert (ROOT / "tests" / file).exists()
-    assert HELPER in check.HELPERS
-    monkeypatch.setattr(check, "RUN_NO_KERNEL", (*check.RUN_NO_KERNEL, "emulator.cpp"))
+    shutil.copytree(ROOT / "tests" / "cuda", tmp_path / "cuda")
+    monkeypatch.setattr(check, "TESTS", tmp_path)
+    assert check.inputs() == before
+    for name in ("emulator.cpp", "emulator.h", "test_bits.py", "examples.py", "nvrtc.py"):
+        file = tmp_path / "cuda" / name
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert (check.inputs() == before) == (name in check.RUN_NO_KERNEL), name
+        file.write_text(text)
+    hashes = _loader.source_hashes() | {"row_norm.cu": "of another text"}
+    monkeypatch.setattr(_loader, "source_hashes", lambda: hashes)
     assert check.inputs() != before
 
 
