@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -310,3 +311,16 @@ def test_a_part_is_added_to_the_record_of_the_others_if_it_is_about_the_same(gpu
     monkeypatch.setattr(_loader, "source_hashes", lambda: {"row_norm.cu": "of other sources"})
     _, record = gpu("--only", "suite")
     assert "benchmark" not in record
+
+
+def test_the_snippets_of_the_doc_run(cupy):
+    """docs/cuda.md, one after the other, as a reader would have them in one file."""
+    text = (EXAMPLES.parent / "docs" / "cuda.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    names = {}
+    exec("\n".join(code), names)
+    assert launched
+    assert isinstance(names["dx"], cupy_array)
+    assert isinstance(names["gradients"].dx, np.ndarray)
+    assert names["count"] == 24
