@@ -98,14 +98,14 @@ def torchs(torch: Any, case: Case, arrays: Arrays, cudnn: bool) -> dict[str, Cal
     functional = torch.nn.functional
     if case.options.get("axis") == -1:  # torch's NHWC: the memory order, under an NCHW shape
         x, dy = (a.permute(0, 3, 1, 2) for a in (x, dy))
-    if case.op in ("layer_norm", "rms_norm"):  # torch takes parameters of x's dtype alone
+    if case.op != "batch_norm":  # torch takes parameters of x's dtype alone
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     calls = {
         "batch_norm": lambda a: functional.batch_norm(a, None, None, weight, bias, training=True),
         "layer_norm": lambda a: functional.layer_norm(a, (case.shape[-1],), weight, bias),
         "rms_norm": lambda a: functional.rms_norm(a, (case.shape[-1],), weight),
-        "group_norm": lambda a: functional.group_norm(a, 32, weight.to(a.dtype), bias.to(a.dtype)),
-        "instance_norm": lambda a: functional.instance_norm(a, None, None, weight.to(a.dtype), bias.to(a.dtype)),
+        "group_norm": lambda a: functional.group_norm(a, 32, weight, bias),
+        "instance_norm": lambda a: functional.instance_norm(a, None, None, weight, bias),
     }
     call = calls[case.op]
     leaf = x.detach().requires_grad_()

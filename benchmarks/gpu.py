@@ -1,6 +1,6 @@
 """All that needs a GPU (make gpu): the suite on CuPy, compute-sanitizer, the benchmark; one JSON record of it.
 
-    python benchmarks/gpu.py [--only suite|sanitizers|benchmark] [--results DIR] [--jobs N]
+    python benchmarks/gpu.py [--only suite|sanitizers|benchmark] [--results DIR] [--jobs N] [--tool-seconds N]
 
 With --only a part is run, and added to the record of the others if that is of the same device, versions and sources:
 so the whole can be done in several sittings. On an H200 each part is meant to end within ten minutes.
@@ -26,8 +26,6 @@ from cuda_device import cupy_with_a_device, description
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TOOL_SECONDS = 400
-"""After which a tool of compute-sanitizer is ended: it slows kernels down, and hosts."""
 TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 
 
@@ -42,7 +40,7 @@ def suite(jobs: int) -> dict[str, Any]:
     return {"returncode": returncode, **counts, "failures": failures[:100]}
 
 
-def sanitizers() -> dict[str, Any]:
+def sanitizers(tool_seconds: float) -> dict[str, Any]:
     """compute-sanitizer's tools over the runs of tests/gpu/on_device.py; it comes with the CUDA toolkit."""
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *TOOLKITS]
     path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/bin" for folder in toolkits if folder)])
@@ -53,7 +51,7 @@ def sanitizers() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "gpu.on_device"]
-        returncode, output = _run(command, TESTS, TOOL_SECONDS)
+        returncode, output = _run(command, TESTS, tool_seconds)
         found[tool] = {"returncode": returncode, "summary": output.strip().splitlines()[-1:]}
     return found
 
@@ -103,6 +101,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--only", choices=("suite", "sanitizers", "benchmark"), help="this part alone")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="of the suite (%(default)s)")
+    parser.add_argument("--tool-seconds", type=float, default=140, help="for one of the sanitizers (%(default)s)")
     options = parser.parse_args()
     record = {"what": "run on a device"} | description(cupy_with_a_device())
     options.results.mkdir(parents=True, exist_ok=True)
@@ -111,7 +110,11 @@ def main() -> None:
     earlier = json.loads(file.read_text()) if file.exists() else {}
     if options.only and {key: earlier.get(key) for key in record} == record:
         record = earlier
-    parts = {"suite": lambda: suite(options.jobs), "sanitizers": sanitizers, "benchmark": benchmark}
+    parts = {
+        "suite": lambda: suite(options.jobs),
+        "sanitizers": lambda: sanitizers(options.tool_seconds),
+        "benchmark": benchmark,
+    }
     for part, run in parts.items():
         if options.only in (None, part):
             record[part] = run()
