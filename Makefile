@@ -21,6 +21,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 BENCH ?=
+GPU ?=
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find arraynorm -type f ! -name '*.pyc' ! -name '*.so')
 PIP := -m pip --disable-pip-version-check --quiet
@@ -99,13 +100,20 @@ tsan: .venv/tsan/installed
 	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
 	touch $@
 
-# What was compiled or run before, from the same sources, is reused, and said to be.
-cuda-check: .venv/cuda-check/installed
-	cd tests && ../.venv/cuda-check/bin/python -m cuda.check --jobs $(JOBS)
+# What the committed records say of the same sources is reused, and said to be; only for the rest is CuPy installed. Commit
+# what it changes in benchmarks/results and in README's table.
+cuda-check: .venv/test/installed
+	@cd tests && ../.venv/test/bin/python -m cuda.check --recorded || { $(MAKE) -C .. .venv/cuda-check/installed && \
+	    ../.venv/cuda-check/bin/python -m cuda.check --jobs $(JOBS) && \
+	    ../.venv/cuda-check/bin/python ../benchmarks/status.py --write ../README.md; }
 
-# torch comes with CUDA from PyPI on Linux; without it the benchmark has our columns alone.
-gpu: .venv/gpu/installed
-	.venv/gpu/bin/python benchmarks/gpu.py
+# Without a device it ends here, before anything is installed. torch comes with CUDA from PyPI on Linux; without it the
+# benchmark has our columns alone. Where nothing can be downloaded: python benchmarks/gpu.py, in an environment that has
+# the packages. GPU="--only suite" (sanitizers, benchmark) does a part, and adds it to the record of the others.
+gpu:
+	@$(PYTHON) benchmarks/cuda_driver.py
+	$(MAKE) .venv/gpu/installed
+	.venv/gpu/bin/python benchmarks/gpu.py $(GPU)
 
 .venv/wheel/built: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arraynorm needs Python 3.11 or newer: make PYTHON=python3.x")'

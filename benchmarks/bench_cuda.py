@@ -5,7 +5,8 @@
 A time is the median over the turns, of calls back to back on one stream that both libraries use. GB/s counts the bytes
 of the model beside each case, over the bandwidth of the device's own copy measured in the same run; the model is what
 the op cannot do without: forward 1 read and 1 write of x's size where a unit fits on the chip, else 2 reads and 1
-write; backward 2 reads and 1 write, or 4 reads and 1 write. Without torch, its columns are missing.
+write; backward 2 reads and 1 write, or 4 reads and 1 write. torch's batch norm is timed with cuDNN and without: the
+faster one counts. Without torch, its columns are missing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import ml_dtypes
+import numpy as np
 
 import arraynorm as an
 from arraynorm import _array
@@ -63,17 +65,18 @@ class Arrays(NamedTuple):
 
 
 def draw(cupy: Any, case: Case, dtype: str) -> Arrays:
+    """Of the host's random numbers, repeated: cupy.random needs a library more, and the host would need minutes."""
     size = case.options.get("normalized_shape", case.shape[case.options.get("axis", 1)])
-    rng = cupy.random.default_rng(0)
+    some = cupy.asarray(np.random.default_rng(0).standard_normal((1 << 20) + 7, dtype=np.float32))
 
     def normal(*shape: int) -> Any:
-        values = rng.standard_normal(shape, dtype=cupy.float32)
+        values = cupy.resize(some, shape)
         if dtype == "bfloat16":  # by its bits: CuPy has no conversions of its own
             return (values.view(cupy.uint32) >> 16).astype(cupy.uint16).view(ml_dtypes.bfloat16)
         return values.astype(dtype, copy=False)
 
-    parameters = [rng.standard_normal(size, dtype=cupy.float32) for _ in range(2)]
-    return Arrays(normal(*case.shape), normal(*case.shape), *parameters)
+    dy = normal(prod(case.shape) + 1)[1:].copy().reshape(case.shape)  # not x again
+    return Arrays(normal(*case.shape), dy, some[:size].copy(), some[size : 2 * size].copy())
 
 
 def ours(case: Case, arrays: Arrays) -> dict[str, Callable[[], object]]:
@@ -88,20 +91,21 @@ def ours(case: Case, arrays: Arrays) -> dict[str, Callable[[], object]]:
     }
 
 
-def torchs(torch: Any, case: Case, arrays: Arrays) -> dict[str, Callable[[], object]]:
+def torchs(torch: Any, case: Case, arrays: Arrays, cudnn: bool) -> dict[str, Callable[[], object]]:
     """torch's own op on the same memory (DLPack); its backward alone, over a graph that is kept."""
+    torch.backends.cudnn.enabled = cudnn  # asked for at each forward; the graph remembers for the backward
     x, dy, weight, bias = (_as_tensor(torch, array) for array in arrays)
     functional = torch.nn.functional
     if case.options.get("axis") == -1:  # torch's NHWC: the memory order, under an NCHW shape
         x, dy = (a.permute(0, 3, 1, 2) for a in (x, dy))
-    if case.op in ("layer_norm", "rms_norm"):  # torch takes parameters of x's dtype alone
+    if case.op != "batch_norm":  # torch takes parameters of x's dtype alone
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     calls = {
         "batch_norm": lambda a: functional.batch_norm(a, None, None, weight, bias, training=True),
         "layer_norm": lambda a: functional.layer_norm(a, (case.shape[-1],), weight, bias),
         "rms_norm": lambda a: functional.rms_norm(a, (case.shape[-1],), weight),
-        "group_norm": lambda a: functional.group_norm(a, 32, weight.to(a.dtype), bias.to(a.dtype)),
-        "instance_norm": lambda a: functional.instance_norm(a, None, None, weight.to(a.dtype), bias.to(a.dtype)),
+        "group_norm": lambda a: functional.group_norm(a, 32, weight, bias),
+        "instance_norm": lambda a: functional.instance_norm(a, None, None, weight, bias),
     }
     call = calls[case.op]
     leaf = x.detach().requires_grad_()
@@ -111,6 +115,7 @@ def torchs(torch: Any, case: Case, arrays: Arrays) -> dict[str, Callable[[], obj
     wanted = [leaf, weight] if case.op == "rms_norm" else [leaf, weight, bias]
 
     def forward() -> object:
+        torch.backends.cudnn.enabled = cudnn
         with torch.no_grad():
             return call(x)
 
@@ -126,15 +131,17 @@ def _as_tensor(torch: Any, array: Any) -> Any:
 def model(case: Case, arrays: Arrays) -> dict[str, int]:
     """Bytes that each way cannot do without."""
     device = _loader.device_of(arrays.x)
-    once = {"forward": True, "backward": True}
-    if case.op not in ("layer_norm", "rms_norm"):
+    if case.op in ("layer_norm", "rms_norm"):
+        row = case.shape[-1] * arrays.x.itemsize
+        once = {"forward": row <= device.shared_bytes, "backward": 2 * row <= device.shared_bytes}
+    else:
         axis = case.options.get("axis", 1) % len(case.shape)
         view = _steps.channels if case.op == "batch_norm" else _steps.samples
         split = _array.channel_view if case.op == "batch_norm" else _array.sample_view
         x = arrays.x.reshape(split(case.shape, axis))
         group = case.shape[axis] // case.options.get("num_groups", case.shape[axis])
         layouts = [_steps.layout(view, x, second) for second in (None, x)]
-        once["forward"] = _plan.is_one_part(layouts[0], group, 1, device)
+        once = {"forward": _plan.is_one_part(layouts[0], group, 1, device)}
         once["backward"] = group == 1 and _plan.is_one_part(layouts[1], 1, 2, device)
     size = prod(case.shape) * arrays.x.itemsize
     return {
@@ -148,15 +155,17 @@ def measure(cupy: Any, torch: Any, case: Case, dtype: str, bandwidth: float, tur
     stream = cupy.cuda.get_current_stream()
     rows = []
     mine, bytes_ = ours(case, arrays), model(case, arrays)
-    peer = torchs(torch, case, arrays) if torch else {}
+    kinds = {"cuDNN": True, "native": False} if case.op == "batch_norm" else {"torch": True}
+    peers = {kind: torchs(torch, case, arrays, cudnn) for kind, cudnn in kinds.items()} if torch else {}
     for way in ("forward", "backward"):
-        calls = {"ours": mine[way]} | ({"torch": peer[way]} if peer else {})
+        calls = {"ours": mine[way]} | {kind: peer[way] for kind, peer in peers.items()}
         seconds = interleaved(calls, stream, cupy.cuda.Event, turns)
         row = {"op": case.op, "shape": case.shape, "options": case.options, "dtype": dtype, "way": way}
         row |= {"ours us": 1e6 * seconds["ours"], "model bytes": bytes_[way]}
         row["fraction of copy"] = bytes_[way] / seconds["ours"] / bandwidth
-        if peer:
-            row |= {"torch us": 1e6 * seconds["torch"], "torch / ours": seconds["torch"] / seconds["ours"]}
+        if peers:
+            best = min(peers, key=seconds.__getitem__)
+            row |= {"torch us": 1e6 * seconds[best], "torch is": best, "torch / ours": seconds[best] / seconds["ours"]}
         rows.append(row)
     return rows
 
@@ -179,8 +188,15 @@ def main() -> None:
             for dtype in DTYPES:
                 text = f"{case.op} {case.shape} {case.options} {dtype}"
                 if options.only in text:
-                    rows += measure(cupy, torch, case, dtype, bandwidth, options.turns)
-                    for row in rows[-2:]:
+                    try:
+                        new = measure(cupy, torch, case, dtype, bandwidth, options.turns)
+                    except _out_of_memory(cupy, torch):
+                        print(f"{text}: not run, not enough memory", flush=True)
+                        continue
+                    finally:
+                        _give_back_memory(cupy, torch)
+                    rows += new
+                    for row in new:
                         ratio = f", torch x {row['torch / ours']:.2f}" if torch else ""
                         share = f"{100 * row['fraction of copy']:.0f} % of copy"
                         print(f"{text} {row['way']}: {row['ours us']:.1f} us, {share}{ratio}", flush=True)
@@ -200,6 +216,17 @@ def _torch() -> Any:
         print("this torch has no CUDA device: ours alone")
         return None
     return torch
+
+
+def _out_of_memory(cupy: Any, torch: Any) -> tuple[type[Exception], ...]:
+    return (cupy.cuda.memory.OutOfMemoryError, *((torch.OutOfMemoryError,) if torch else ()))
+
+
+def _give_back_memory(cupy: Any, torch: Any) -> None:
+    """What one library's pool keeps, the other cannot have."""
+    cupy.get_default_memory_pool().free_all_blocks()
+    if torch:
+        torch.cuda.empty_cache()
 
 
 def _on_torch_too(torch: Any, stream: Any) -> Any:

@@ -30,31 +30,41 @@ def cupy_with_a_device() -> ModuleType:
 
 
 def description(cupy: ModuleType) -> dict[str, Any]:
-    """Device, driver and versions, and the hash of the CUDA sources: what a measurement is about."""
+    """Device, driver and versions, and the hashes of the CUDA sources: what a measurement is about."""
     number = cupy.cuda.Device().id
     found = cupy.cuda.runtime.getDeviceProperties(number)
     return {
         "device": found["name"].decode(),
         "compute_capability": f"{found['major']}.{found['minor']}",
         "processors": found["multiProcessorCount"],
-        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "driver": driver_version(),
+        "driver's CUDA": cupy.cuda.runtime.driverGetVersion(),
         "runtime": cupy.cuda.runtime.runtimeGetVersion(),
         "versions": {name: _version(name) for name in ("arraynorm", "numpy", "torch")} | {"cupy": cupy.__version__},
         "python": platform.python_version(),
         "commit": commit(),
-        "source_hash": _loader.source_hash(),
+        "sources": _loader.source_hashes(),
     }
 
 
+def driver_version() -> str | None:
+    """NVIDIA's number of the driver, as nvidia-smi says it."""
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
 def commit() -> str:
-    """Of the checkout that this file is in; "+" where it has changes."""
-    here = Path(__file__).parent
+    """Of the checkout that this file is in; "+" where it has changes, but for records."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    changes = _said(*git, "status", "--porcelain", "--untracked-files=no", ":(top)", ":(top,exclude)benchmarks/results")
+    return (_said(*git, "rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changes else "")
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
 
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+def _said(*command: str) -> str:
+    """What a program prints, or nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """What normalization buys: one network on 1,797 scans of digits, over norms, learning rates and initial scales.
 
     python examples/digits.py                         a table, demo-results/curves.png, demo-results/results.json
+    python examples/digits.py --cupy                  the same on a GPU: pip install arraynorm[cuda13]
     mpiexec -n 2 python examples/digits.py --sync     batch norm over two processes: SyncBatchNorm against plain
 
 Every setting gets the same network, data, batches and number of steps; only norm, learning rate and initial scale
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -139,29 +140,31 @@ def accuracy(network: an.Module, x: Array, y: Array) -> float:
     return float(100 * np.sum(answers == y) / len(y))
 
 
-def train(norm: str, rate: float, scale: float, data: Data, epochs: int, seed: int) -> Run:
-    """Train a network from scratch, with a learning rate that falls linearly from `rate` to 0."""
-    network = build_network(norm, scale, seed)
+def train(norm: str, rate: float, scale: float, data: Data, epochs: int, seed: int, library: Any = np) -> Run:
+    """Train a network on arrays of `library`, from scratch; the learning rate falls linearly from `rate` to 0."""
+    network = build_network(norm, scale, seed).to(library)
+    data = Data(*map(library.asarray, data))
     rng = np.random.default_rng(seed)
     steps = -(-len(data.y) // BATCH_SIZE)
     curve, loss = [], 0.0
     with np.errstate(all="ignore"):  # a network that diverges overflows on its way
         for epoch in range(epochs):
             loss = 0.0
-            for step, batch in enumerate(batches(len(data.y), rng), start=epoch * steps):
+            for step, indices in enumerate(batches(len(data.y), rng), start=epoch * steps):
+                batch = library.asarray(indices)
                 now = rate * (1 - step / (epochs * steps))
                 loss += train_step(network, data.x[batch], data.y[batch], now, len(batch))
             curve.append(accuracy(network, data.x_held_out, data.y_held_out))
     return Run(norm, rate, scale, curve, diverged=not np.isfinite(loss))
 
 
-def run_grid(grid: Grid, out: Path, seed: int) -> None:
+def run_grid(grid: Grid, out: Path, seed: int, library: Any) -> None:
     """Train every setting with every norm; print what came out, and write it to `out`."""
     data = load_data(seed)
     start = time.perf_counter()
     settings = list(itertools.product(grid.norms, grid.rates, grid.scales))
     bar = tqdm(settings, desc="training", unit="network")
-    runs = [train(norm, rate, scale, data, grid.epochs, seed) for norm, rate, scale in bar]
+    runs = [train(norm, rate, scale, data, grid.epochs, seed, library) for norm, rate, scale in bar]
     seconds = time.perf_counter() - start
 
     print(f"{len(runs)} networks trained on {len(data.y)} scans each (epochs: {grid.epochs}), in {seconds:.0f} s.")
@@ -218,6 +221,17 @@ def run_sync(comm: Communicator, out: Path, seed: int) -> bool:
     return comparison.sync_is_equal
 
 
+def on_gpu() -> Any:
+    """The module cupy, or a RuntimeError that says what is missing."""
+    try:
+        import cupy
+    except ImportError:
+        raise RuntimeError("CuPy is not installed; pip install arraynorm[cuda13] or arraynorm[cuda12]") from None
+    if not cupy.cuda.is_available():
+        raise RuntimeError("CuPy finds no CUDA device")
+    return cupy
+
+
 # -- the command line ------------------------------------------------------------------------------------------
 
 
@@ -227,11 +241,18 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="a small grid and one epoch, to see that everything works")
     mode.add_argument("--sync", action="store_true", help="compare batch norms over the ranks that mpiexec started")
+    parser.add_argument("--cupy", action="store_true", help="train on the GPU")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for results (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)")
     options = parser.parse_args()
     if not 0 <= options.seed < 2**32:
         parser.error("--seed must be >= 0 and < 2**32")
+    if options.cupy and options.sync:
+        parser.error("--cupy and --sync do not go together")
+    try:
+        library = on_gpu() if options.cupy else np
+    except RuntimeError as error:
+        parser.error(f"--cupy: {error}")
     comm = world() if options.sync else SELF
     if options.sync and comm.size not in SYNC_RANKS:
         parser.error(
@@ -244,7 +265,7 @@ def main() -> int:
         parser.error(f"--out: {error}")
     if options.sync:
         return 0 if run_sync(comm, options.out, options.seed) else 1
-    run_grid(QUICK if options.quick else FULL, options.out, options.seed)
+    run_grid(QUICK if options.quick else FULL, options.out, options.seed, library)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The layers of `digits.py` that are no norms, in plain NumPy, and its loss.
+"""The layers of `digits.py` that are no norms, in plain NumPy, and its loss; CuPy's arrays take NumPy's calls over.
 
 Each is an `an.Module`: `forward` keeps what `backward` needs, `backward` returns dx and accumulates the gradients of
 the parameters. Nothing more is needed to mix your own layers with those of arraynorm.
@@ -115,7 +115,7 @@ class Flatten(an.Module):
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     """The loss of logits (N, classes), summed over the samples, and its gradient by the logits."""
-    samples = np.arange(len(labels))
+    samples = np.arange(len(labels), like=labels)  # in their library
     shifted = logits - logits.max(axis=1, keepdims=True)  # exp can't overflow then
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     dlogits = np.exp(log_p)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 import arraynorm as an
 from namespaces import NUMPY, Namespace, numpy_dtype, to_numpy
@@ -38,7 +39,7 @@ def filled(layer: Any, seed: int = 1) -> Any:
         for name in (name for name in FILLED if arrays.get(name) is not None):
             array = arrays[name]
             values = COUNTED if name == "num_batches_tracked" else rng.uniform(0.5, 2.0, array.shape)
-            array[...] = array.__array_namespace__().asarray(values, dtype=array.dtype)
+            array[...] = array_namespace(array).asarray(values, dtype=array.dtype)
     return layer
 
 

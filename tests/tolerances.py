@@ -9,9 +9,9 @@ normalized together, the scale is max|x_hat| * |weight| + |bias| + |addend| for 
 max|x_hat| for dx, where x_hat enters twice. A sum (dweight, dbias) is measured by the sum of its absolute terms.
 
 The C++ kernels compute on float16, bfloat16 and float32 in float32, whose C * eps32 * scale comes on top; without the
-condition number, for what a mean loses by being rounded is made up for in float64. Sums are added up in float32 eight terms
-at a time and from there on in float64: C * eps32 of the sum of the terms' absolute values covers those seven additions, and
-a mean's terms are deviations from one of the values.
+condition number, for what a mean loses by being rounded is made up for in float64. Sums are added up in float32 eight
+terms at a time and from there on in float64: C * eps32 of the sum of the terms' absolute values covers those seven
+additions, and a mean's terms are deviations from one of the values.
 """
 
 from __future__ import annotations

@@ -314,10 +314,11 @@ class Module:
         return self.to(np)
 
     def cuda(self, device: Any = None) -> Self:
-        """Move all arrays to CuPy, on `device` (the current one by default)."""
+        """Move all arrays to CuPy, on `device`; without one, those that are not there yet to the current device."""
         cupy = _array.cupy()
-        with cupy.cuda.Device(device):
-            return self.to(cupy)
+        with cupy.cuda.Device(device) as place:
+            self.to(cupy)
+            return self if device is None else self.to(place)
 
     def half(self) -> Self:
         """Parameters in float16; gradients and floating buffers in float32, where variances do not overflow."""

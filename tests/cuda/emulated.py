@@ -12,7 +12,7 @@ import numpy as np
 
 from arraynorm.kernels import cuda, only
 from arraynorm.kernels.cuda import _loader, _steps
-from arraynorm.kernels.cuda._instances import Instance, instances
+from arraynorm.kernels.cuda._instances import FORMS, Instance, instances
 from cuda import emulator
 from norms import kernels
 
@@ -97,6 +97,6 @@ def _module(source: str, kind: tuple[str, ...], flags: tuple[str, ...]) -> emula
 
 
 def arguments(instance: Instance) -> tuple[str, ...]:
-    """Type and width of an instance: its arguments but for the flag."""
+    """Type and width of an instance: its arguments but for form and flag."""
     given = instance.name.rstrip(">").partition("<")[2].split(", ")
-    return tuple(a for a in given if a not in ("true", "false"))
+    return tuple(a for a in given if a not in (*FORMS, "true", "false"))

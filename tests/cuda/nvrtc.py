@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from arraynorm.kernels.cuda import _loader
 from arraynorm.kernels.cuda._instances import Instance, instances
+from cuda.emulated import arguments
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 KEPT = Path(__file__).parents[2] / "build" / "nvrtc"
@@ -38,13 +39,20 @@ class Figures(NamedTuple):
 
     def fault(self, instance: Instance) -> str | None:
         """Spills, local memory, or more registers than its largest block leaves to a thread."""
-        source = _loader.source(instance.source)
-        template = instance.name.partition("<")[0]
-        threads = int(re.search(rf"__launch_bounds__\((\d+), 1\)\s+{template}\(", source)[1])  # type: ignore[index]
-        ceiling = min(255, REGISTERS // threads)
+        ceiling = min(255, REGISTERS // most_threads(instance))
         if self.stack or self.spill_stores or self.spill_loads:
             return f"{self.stack} bytes of stack, {self.spill_stores} and {self.spill_loads} bytes of spills"
         return f"{self.registers} registers, above {ceiling}" if self.registers > ceiling else None
+
+
+def most_threads(instance: Instance) -> int:
+    """Of a block: the launch bound of the kernel, or of the form that it is given."""
+    source, (template, _, given) = _loader.source(instance.source), instance.name.partition("<")
+    bound = re.search(rf"__launch_bounds__\((.*), 1\)\s+{template}\(", source)[1]  # type: ignore[index]
+    if bound == "Form<V>::THREADS":
+        form = given.partition(",")[0]
+        bound = re.search(rf"struct {form} : Part {{\s+static constexpr int THREADS = (\d+);", source)[1]  # type: ignore[index]
+    return int(bound)
 
 
 class Job(NamedTuple):
@@ -102,31 +110,50 @@ def version() -> str:
     return ".".join(map(str, nvrtc.getVersion()))
 
 
-def check(architectures: Sequence[str], jobs: int) -> tuple[dict[str, Any], list[str]]:
-    """The record of all instances, and their faults."""
+def changed(record: dict[str, Any], architectures: Sequence[str]) -> list[str]:
+    """The sources of which a record does not say that all instances were compiled for these architectures."""
+    if record.get("architectures") != list(architectures):
+        return list(_loader.source_hashes())
+    known = set(record["instances"])
+    return [
+        file
+        for file, digest in _loader.source_hashes().items()
+        if record["sources"].get(file) != digest
+        or not known.issuperset(f"{file}: {one.name}" for one in instances() if one.source == file)
+    ]
+
+
+def check(
+    architectures: Sequence[str], jobs: int, earlier: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The record of all instances, and their faults; an earlier record speaks for the sources that it has."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    jobs_to_do = [Job(arch, source, tuple(names)) for arch in architectures for source, names in _groups()]
-    new = [job for job in jobs_to_do if not job.kept.exists()]
-    counts = [sum(len(job.names) for job in some) for some in (jobs_to_do, new)]
-    print(f"NVRTC {version()}: {counts[0] - counts[1]} instances reused, {counts[1]} to compile", flush=True)
+    earlier = earlier or {}
+    sources = changed(earlier, architectures)
+    work = [Job(arch, file, tuple(names)) for arch in architectures for file, names in _groups() if file in sources]
+    new = [job for job in work if not job.kept.exists()]
+    counts = [sum(len(job.names) for job in some) for some in (work, new)]
+    print(f"NVRTC {version()}: {counts[0] - counts[1]} kernels as compiled before, {counts[1]} to compile", flush=True)
     with ProcessPoolExecutor(jobs) as pool:
         for job, compiled in zip(new, pool.map(compile_group, new), strict=True):
             job.kept.write_text(json.dumps(compiled))
             print(f"{job.arch} {job.source}: {', '.join(job.names)}", flush=True)
-    figures: dict[str, dict[str, Figures]] = {arch: {} for arch in architectures}
-    faults = []
-    for job in jobs_to_do:
+    registers, faults = {}, []
+    for job in work:
         for name, values in json.loads(job.kept.read_text()).items():
-            found = figures[job.arch][f"{job.source}: {name}"] = Figures(*values)
+            found, key = Figures(*values), f"{job.source}: {name}"
+            registers[key] = max(found.registers, registers.get(key, 0))
             if fault := found.fault(Instance(job.source, name)):
                 faults.append(f"{job.arch} {name}: {fault}")
+    reused = {file: compiler for file, compiler in earlier.get("compilers", {}).items() if file not in sources}
+    names = {f"{one.source}: {one.name}": one.source for one in instances()}
     record = {
         "what": "compiled",
-        "source_hash": _loader.source_hash(),
-        "compiler": f"NVRTC {version()}",
+        "sources": _loader.source_hashes(),
+        "compilers": {file: reused.get(file, f"NVRTC {version()}") for file in _loader.source_hashes()},
         "architectures": list(architectures),
         "instances": {
-            name: max(figures[arch][name].registers for arch in figures) for name in figures[architectures[0]]
+            name: registers[name] if file in sources else earlier["instances"][name] for name, file in names.items()
         },
     }
     return record, faults
@@ -135,8 +162,8 @@ def check(architectures: Sequence[str], jobs: int) -> tuple[dict[str, Any], list
 def _groups() -> list[tuple[str, list[str]]]:
     """Source and names of instances that are compiled together: of one dtype and width."""
 
-    def key(one: Instance) -> tuple[str, str]:
-        return one.source, re.sub(r"^\w+<?|, (true|false)|>$", "", one.name)
+    def key(one: Instance) -> tuple[str, tuple[str, ...]]:
+        return one.source, arguments(one)
 
     groups = itertools.groupby(sorted(instances(), key=key), key)
     return [(source, [one.name for one in group]) for (source, _), group in groups]

@@ -111,7 +111,7 @@ def _plans(layout: Layout, device: _loader.Device):
         yield _plan.apply(layout, k, False, device), "part"
         yield _plan.dx(layout, k, False, 0, device), "part"
     yield _plan.apply(layout, 1, True, device), "flat"
-    if not _plan.by_columns(layout):
+    if not _plan.by_tiles(layout):
         yield _plan.row_forward(layout, 1, True, False, device), "row"
         yield _plan.row_forward(layout, group, True, True, device), "row"
         yield _plan.slab_backward(layout, False, device), "row"
@@ -123,7 +123,7 @@ def test_plans_stay_within_the_device_and_cover_every_element_once(dtype, device
     for layout in _layouts(dtype):
         for plan, kind in _plans(layout, device):
             g = plan.geometry[0]
-            limit = 256 if "column" in plan.instance.name else 512
+            limit = 256 if "Tile" in plan.instance.name else 512
             assert 32 <= plan.threads <= limit
             assert plan.threads % 32 == 0
             assert 1 <= plan.blocks < 2**31
@@ -135,15 +135,12 @@ def test_plans_stay_within_the_device_and_cover_every_element_once(dtype, device
 
 def _covered(g, name: str, width: int) -> int:
     """Elements that the parts of a plan visit: every part has some, and the last one ends with the unit."""
-    whole = int(g["A"] * g["B"]) if "column" in name else int(g["A"] * g["U"] * g["B"]) // width
+    whole = int(g["A"] * g["B"]) if "Tile" in name else int(g["A"] * g["U"] * g["B"]) // width
     parts, size = int(g["parts"]), int(g["size"])
     assert (parts - 1) * size < whole <= parts * size
     lasts = [min((part + 1) * size, whole) - part * size for part in range(parts)]
     return (
-        int(g["N"] * g["C"])
-        * sum(lasts)
-        * (1 if "column" in name else width)
-        // (1 if "column" in name else int(g["U"]))
+        int(g["N"] * g["C"]) * sum(lasts) * (1 if "Tile" in name else width) // (1 if "Tile" in name else int(g["U"]))
     )
 
 
@@ -200,11 +197,12 @@ def test_a_source_is_whole_and_says_where_each_line_comes_from(file):
 
 
 def test_a_comment_does_not_change_what_the_records_are_about(monkeypatch):
-    before = _loader.source_hash()
+    before = _loader.source_hashes()
     whole = _loader.source.__wrapped__
     for added, same in (("// a remark\n", True), ("int more;\n", False)):
         monkeypatch.setattr(_loader, "source", lambda file, added=added: added + whole(file))
-        assert (_loader.source_hash() == before) == same
+        found = _loader.source_hashes()
+        assert all((found[file] == before[file]) == same for file in before)
 
 
 def test_kernel_files_are_short():

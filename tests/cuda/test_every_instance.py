@@ -69,6 +69,22 @@ def test_sizes_next_to_tiles_and_teams_are_right(n, c):
             check(example, to_library(NUMPY, draw(example), "float32"), NUMPY.asarray(draw_dy(example), "float32"))
 
 
+EXTREMES = [
+    *(Example(op, (2, 1_000_003), {"normalized_shape": (1_000_003,)}) for op in ("layer_norm", "rms_norm")),
+    *(Example("batch_norm", shape) for shape in ((3, 8192), (2, 8192, 1), (2, 1, 1_000_003))),
+    Example("batch_norm_add_relu", (3, 8192)),
+    Example("group_norm", (2, 8192, 3), {"num_groups": 32}),
+    Example("instance_norm", (2, 8192, 3)),
+]
+
+
+@pytest.mark.parametrize("example", EXTREMES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_longest_rows_and_the_most_channels_are_right(example, device):
+    with emulated(DEVICES[device]):
+        check(example, to_library(NUMPY, draw(example), "float32"), NUMPY.asarray(draw_dy(example), "float32"))
+
+
 def _far_apart(shape: tuple[int, ...], stride: int) -> np.ndarray:
     """A float32 view whose rows are `stride` elements apart, in memory of which only the rows are ever touched."""
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on

@@ -1,12 +1,8 @@
-"""What the loader asks of CuPy, with a stand-in for it; and the records that checks and measurements leave."""
+"""What the loader asks of CuPy, with a stand-in for it."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +12,7 @@ from arraynorm import _array
 from arraynorm.kernels.cuda import Instance, _loader, instances, warm_up
 from arraynorm.kernels.cuda._loader import Plan
 
-ONE = Instance("batch_norm.cu", "slab_apply<float, 4, false>")
+ONE = Instance("batch_norm.cu", "apply<Slab, float, 4, false>")
 
 
 @pytest.fixture
@@ -87,59 +83,3 @@ def test_without_cupy_the_kernels_are_registered_and_warming_up_says_what_to_ins
         pytest.skip("CuPy is installed here")
     with pytest.raises(RuntimeError, match=r"pip install arraynorm\[cuda13\]"):
         warm_up()
-
-
-# -- records ---------------------------------------------------------------------------------------------------
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def status(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.import_module("status")
-    yield found
-    del sys.modules["status"]
-
-
-def test_the_table_claims_nothing_without_records(status):
-    rows = status.table([], "now").splitlines()[2:]
-    assert len(rows) == len({one.source for one in instances()})
-    assert all(row.endswith("| no | no | no |") for row in rows)
-
-
-def test_the_table_says_what_the_records_say_and_no_more(status):
-    names = [f"{one.source}: {one.name}" for one in instances() if one.source == "row_norm.cu"]
-    records = [
-        {
-            "what": "compiled",
-            "source_hash": "now",
-            "compiler": "NVRTC 13.0",
-            "architectures": ["sm_90"],
-            "instances": {name: 90 + i for i, name in enumerate(names[:2])},
-        },
-        {"what": "run in the emulator", "source_hash": "before", "schedules": 3, "instances": names},
-        {
-            "what": "run on a device",
-            "source_hash": "now",
-            "device": "NVIDIA X",
-            "commit": "abc",
-            "suite": {"returncode": 1, "failed": 2},
-        },
-    ]
-    rows, other = status.table(records, "now").splitlines()[2:4]
-    assert rows.split(" | ")[2:] == [
-        "2 for sm_90 (NVRTC 13.0), no spills, 91 registers at most",
-        f"{len(names)}, 3 schedules (of earlier sources)",
-        "NVIDIA X at abc: 2 tests failed |",
-    ]
-    assert other.split(" | ")[2:] == ["no", "no", "NVIDIA X at abc: 2 tests failed |"]
-
-
-@pytest.mark.parametrize("program", ["gpu.py", "bench_cuda.py"])
-def test_a_program_for_a_gpu_says_what_is_missing(program):
-    if importlib.util.find_spec("cupy") is not None:
-        pytest.skip("CuPy is installed here: `make gpu` is the test")
-    done = subprocess.run([sys.executable, BENCHMARKS / program], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "no CuPy here: pip install arraynorm[cuda13]" in done.stderr

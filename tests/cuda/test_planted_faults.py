@@ -27,17 +27,17 @@ BARRIER = "    __syncthreads();\n"
 BEFORE_READING = "#pragma unroll\n    for (int m = 0; m < M; ++m) values[m] = lane <"
 AFTER_READING = "    butterfly(values, 32);\n"
 LAST_PACK = "last = first + g.size < total ? first + g.size : total"
-IN_SLABS = ";\n  }\n};\n\n// What a block of a column"
+IN_SLABS = ";\n    row = threadIdx.x;"
 
 SEEN_IN_RESULTS = {
     "no barrier before a block's sums are read": (ROWS, BARRIER + BEFORE_READING, BEFORE_READING),
     "no barrier before the sums are overwritten": (ROWS, AFTER_READING + BARRIER, AFTER_READING),
-    "no barrier between rows of a tile": (COLUMNS, BARRIER + "    if (thread < reach)", "    if (thread < reach)"),
+    "no barrier between rows of a tile": (COLUMNS, BARRIER + "      if (thread < reach)", "      if (thread < reach)"),
     "a store one pack along": (ROWS, "store(out, ys + at.at(g, g.y));", "store(out, ys + at.at(g, g.y) + V);"),
     "one pack too few": (LARGE_SETS, LAST_PACK + IN_SLABS, f"{LAST_PACK} - 1{IN_SLABS}"),
     "the first block merging, not the last": (LARGE_SETS, "== unsigned(blocks - 1)", "== 0u"),
     "a bit in its neighbour's place": (MASKED, "bits <<= V * lane;", "bits <<= V * (lane ^ 1);"),
-    "a mean of one element too many": (LARGE_SETS, "total[0] / count)", "total[0] / (count + 1))"),
+    "a mean of one element too many": (LARGE_SETS, "sum[m] / count)", "sum[m] / (count + 1))"),
 }
 """An op, and what becomes of its source."""
 
@@ -120,8 +120,8 @@ SEEN_BY_SANITIZERS = {
     "a race: no barrier between rows of a tile": (
         "thread",
         COLUMNS,
-        "    __syncthreads();\n    if (thread < reach)",
-        "    if (thread < reach)",
+        BARRIER + "      if (thread < reach)",
+        "      if (thread < reach)",
     ),
     "a store beyond the stash": (
         "address",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from data import limits
+
 # Samples on each of P ranks.
 LAYOUTS = {
     "even": lambda ranks: [4] * ranks,
@@ -46,6 +48,19 @@ def assert_neighbours(value, reference):
     assert value.dtype == reference.dtype, f"{value.dtype} is not {reference.dtype}"
     steps = max((abs(i - j) for i, j in zip(_ordinals(value), _ordinals(reference), strict=True)), default=0)
     assert steps <= 1, f"an element is {steps} numbers away"
+
+
+def assert_within_an_ulp(value, reference, whole):
+    """Every element is its reference to one ulp of its channel's largest in `whole`: that is its size before its terms cancel,
+    and statistics summed in another order move the terms, not their difference, by an ulp."""
+    assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
+    assert value.dtype == reference.dtype == whole.dtype, f"{value.dtype} is not {reference.dtype}"
+    value, reference, largest = (np.asarray(a, np.float64) for a in (value, reference, np.abs(whole)))
+    axes = tuple(axis for axis in range(whole.ndim) if axis != 1)
+    of = limits(whole.dtype.name)
+    largest = np.maximum(largest.max(axis=axes, keepdims=True), float(of.tiny))
+    ulp = 2.0 ** np.floor(np.log2(largest)) * float(of.eps)
+    assert np.all(np.abs(value - reference) <= ulp), f"off by {np.max(np.abs(value - reference) / ulp, initial=0)} ulp"
 
 
 def _ordinals(array):

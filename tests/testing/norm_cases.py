@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 import arraynorm as an
 
@@ -38,7 +39,7 @@ class NormCase(NamedTuple):
 
 def _given(like: Any) -> list[Any]:
     """The statistics of the frozen norms, in the library of `like`."""
-    return [like.__array_namespace__().asarray(values, dtype=like.dtype) for values in (MEAN, VAR)]
+    return [array_namespace(like).asarray(values, dtype=like.dtype) for values in (MEAN, VAR)]
 
 
 def _batch_norm(x: Any, weight: Any, bias: Any, eps: float = EPS) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
+from array_api_compat import array_namespace
 
 from arraynorm.testing import GradientError, check_vjp, gradcheck
 from namespaces import Namespace, to_numpy
@@ -20,7 +21,7 @@ X, W = np.linspace(-1.0, 2.0, 6).reshape(2, 3), np.array([0.5, -1.0, 2.0])
 
 def forward(x: Array, w: Array) -> tuple[Array, Any]:
     """y = sin(x) * w."""
-    xp = x.__array_namespace__()
+    xp = array_namespace(x)
     return xp.sin(x) * w, (xp, x, w)
 
 

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
-"""The dtypes of x, and what numbers.cuh calls them."""
+C_TYPES = {"float16": "__half", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+"""The dtypes of x, and what numbers.cuh calls them; no typedefs, which CuPy 14.1 does not find again in its cache."""
 
 QUANTIZED_C_TYPES = {"uint8": "unsigned char", "int8": "signed char"}
 
@@ -24,11 +24,13 @@ class Instance(NamedTuple):
     name: str
 
 
-def instance(template: str, dtype: str, width: int | None = None, flag: bool | None = None) -> Instance:
-    """The instance for elements of `dtype`, `width` of them to a pack, and the template's flag if it has one."""
-    c_type = (QUANTIZED_C_TYPES if dtype in QUANTIZED_C_TYPES else C_TYPES)[dtype]
-    arguments = [c_type, *([] if width is None else [str(width)]), *([] if flag is None else [str(flag).lower()])]
-    return Instance(_source(template, flag), f"{template}<{', '.join(arguments)}>")
+def instance(
+    template: str, dtype: str, width: int | None = None, flag: bool | None = None, *, form: str | None = None
+) -> Instance:
+    """The instance for elements of `dtype`, `width` of them to a pack, and form and flag of those that have them."""
+    given = (form, (QUANTIZED_C_TYPES | C_TYPES)[dtype], width, None if flag is None else str(flag).lower())
+    arguments = ", ".join(str(one) for one in given if one is not None)
+    return Instance(_source(template, flag), f"{template}<{arguments}>")
 
 
 PARAMETER_SUMS = Instance("row_norm.cu", "parameter_sums")
@@ -41,30 +43,35 @@ def widths(dtype: str) -> tuple[int, ...]:
 
 
 ROW_TEMPLATES = ("row_forward", "row_backward", "long_row_means", "long_row_dx")
-MOMENT_TEMPLATES = ("slab_moments", "column_moments")
-RELU_TEMPLATES = tuple(f"{form}_{step}" for form in ("slab", "column") for step in ("products", "apply", "dx"))
-QUANTIZED_TEMPLATES = ("slab_requantize", "column_requantize")
+FORMS = ("Slab", "Tile")
+"""Of parts.cuh: what a block visits in NCHW and in NHWC."""
+FORM_TEMPLATES = ("products", "apply", "dx")
+"""Those that have a form and a flag."""
 
 
 def instances() -> Iterator[Instance]:
     """All of them."""
     for dtype in C_TYPES:
-        for width in widths(dtype):
-            for template, flag in itertools.product((*ROW_TEMPLATES, *RELU_TEMPLATES), (False, True)):
+        for width, flag in itertools.product(widths(dtype), (False, True)):
+            for template in ROW_TEMPLATES:
                 yield instance(template, dtype, width, flag)
-            for template in (*MOMENT_TEMPLATES, "slab_backward"):
-                yield instance(template, dtype, width)
+            for template, form in itertools.product(FORM_TEMPLATES, FORMS):
+                yield instance(template, dtype, width, flag, form=form)
+        for width in widths(dtype):
+            yield instance("slab_backward", dtype, width)
+            for form in FORMS:
+                yield instance("moments", dtype, width, form=form)
         yield instance("flat_apply_add_relu", dtype)
     for dtype in QUANTIZED_C_TYPES:
-        for template, width in itertools.product(QUANTIZED_TEMPLATES, widths(dtype)):
-            yield instance(template, dtype, width)
+        for width, form in itertools.product(widths(dtype), FORMS):
+            yield instance("requantize", dtype, width, form=form)
     yield PARAMETER_SUMS
 
 
 def _source(template: str, flag: bool | None) -> str:
-    """The file that a template is compiled from; the flag of row templates is CENTERED, of the others RELU."""
+    """The file that a template is compiled from; the flag of row templates is CENTERED, of those with a form RELU."""
     if template in ROW_TEMPLATES:
         return "row_norm.cu"
-    if template in QUANTIZED_TEMPLATES:
+    if template == "requantize":
         return "quantized_batch_norm.cu"
     return "batch_norm_add_relu.cu" if flag or template == "flat_apply_add_relu" else "batch_norm.cu"

@@ -1,7 +1,8 @@
 """From .cu files to running kernels: sources, compilation by CuPy, device properties, launches.
 
-CuPy keeps compiled kernels in its disk cache (CUPY_CACHE_DIR), keyed by the source with all its includes, the options,
-the instance's name and the compiler; an instance takes about a third of a second of NVRTC the first time.
+An instance takes about a third of a second of NVRTC. CuPy keeps it in its disk cache (CUPY_CACHE_DIR), keyed by the
+source with all its includes, the options, the instance's name and the compiler; before CuPy 14.1 each process compiles
+anew.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def code(file: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def source_hash() -> str:
-    """Of the code of all the CUDA sources, and the options: what a record of a check or a measurement is about."""
+def source_hashes() -> dict[str, str]:
+    """Of the code of each .cu file, and the options: what a record of a check or a measurement is about."""
     files = sorted({one.source for one in instances()})
-    return hashlib.sha256(repr((OPTIONS, [code(file) for file in files])).encode()).hexdigest()[:16]
+    return {file: hashlib.sha256(repr((OPTIONS, code(file))).encode()).hexdigest()[:16] for file in files}
 
 
 def _inlined(file: str, seen: set[str]) -> str:
@@ -119,7 +120,7 @@ def warm_up(chosen: Iterable[Instance] | None = None) -> int:
     Returns
     -------
     int
-        How many. Each takes about a third of a second, or next to nothing when it is in CuPy's disk cache.
+        How many. Each takes about a third of a second, or next to nothing when it is in CuPy's disk cache (14.1 on).
     """
     number = _array.cupy().cuda.Device().id
     wanted = tuple(instances() if chosen is None else chosen)

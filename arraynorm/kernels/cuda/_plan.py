@@ -28,7 +28,7 @@ SCRATCH_BYTES = 64 * 8  # of shared memory, for the sums of a block
 # __launch_bounds__ of slab and row kernels: 128 registers a thread. Its second number, 1, keeps ptxas from spilling
 # for the sake of more blocks at once.
 MOST_THREADS = 512
-COLUMN_THREADS = 256  # of column kernels, which hold the constants of V channels in registers
+TILE_THREADS = 256  # of kernels by tiles, which hold the constants of V channels in registers
 PACKS_EACH = 4  # packs that a thread takes before a block grows
 WAVES = 4  # blocks for each processor, of kernels that cut units into parts
 
@@ -55,7 +55,7 @@ class Reduction(NamedTuple):
     """Zeros that count the blocks which have arrived; 0 where every job is one block."""
 
 
-def by_columns(layout: Layout) -> bool:
+def by_tiles(layout: Layout) -> bool:
     """Whether channels are what lies side by side in x, as in NHWC."""
     _, _, channels, after = layout.shape
     step = layout.strides[0]
@@ -137,7 +137,7 @@ def parameter_sums(columns: int) -> Plan:
 
 def is_one_part(layout: Layout, group: int, arrays: int, device: Device) -> bool:
     """Whether a unit of `group` channels, of x or of x and dy, is for one block, which then can do all there is."""
-    if by_columns(layout):
+    if by_tiles(layout):
         return False
     packs = _unit(layout, group) // slab_width(layout, group)
     return _cut(layout, group, packs, arrays, device)[0] == 1
@@ -146,17 +146,17 @@ def is_one_part(layout: Layout, group: int, arrays: int, device: Device) -> bool
 @lru_cache(4096)
 def moments(layout: Layout, group: int, device: Device) -> Reduction:
     """Mean and m2 of groups of `group` channels."""
-    if by_columns(layout):
-        return _column_reduction("column_moments", None, layout, group, 1, device)
-    return _slab_reduction("slab_moments", None, layout, group, group, 1, device)
+    if by_tiles(layout):
+        return _tile_reduction("moments", None, layout, group, 1, device)
+    return _slab_reduction("moments", None, layout, group, group, 1, device)
 
 
 @lru_cache(4096)
 def products(layout: Layout, group: int, relu: bool, device: Device) -> Reduction:
     """Sums of dy and dy * x_hat, of each channel and of groups."""
-    if by_columns(layout):
-        return _column_reduction("column_products", relu, layout, group, 2, device)
-    return _slab_reduction("slab_products", relu, layout, group, 1, 2, device)
+    if by_tiles(layout):
+        return _tile_reduction("products", relu, layout, group, 2, device)
+    return _slab_reduction("products", relu, layout, group, 1, 2, device)
 
 
 @lru_cache(4096)
@@ -181,25 +181,25 @@ def _slab_reduction(
     units = layout.shape[0] * layout.shape[2] // unit
     merge = min(32, _power_of_two(group // unit * parts))
     geometry = _geometry(layout, group, unit, parts=parts, size=size, merge=merge)
-    plan = Plan(instance(template, layout.dtype, width, relu), units * parts, threads, SCRATCH_BYTES, geometry)
+    slab = instance(template, layout.dtype, width, relu, form="Slab")
+    plan = Plan(slab, units * parts, threads, SCRATCH_BYTES, geometry)
     jobs = 0 if group // unit * parts == 1 else units * unit // group
     return Reduction(plan, parts, 2 * units * parts, jobs)
 
 
-def _column_reduction(
+def _tile_reduction(
     template: str, relu: bool | None, layout: Layout, group: int, sums: int, device: Device
 ) -> Reduction:
     samples, before, channels, after = layout.shape
-    width = _column_width(layout)
+    width = _tile_width(layout)
     lanes, tiles = _tiles(channels, width)
     rows = before * after
-    parts, size = _row_parts(rows, samples * tiles, COLUMN_THREADS // lanes, WAVES, device)
+    parts, size = _row_parts(rows, samples * tiles, TILE_THREADS // lanes, WAVES, device)
     merge = min(32, _power_of_two(group * parts))
     geometry = _geometry(layout, group, 1, parts=parts, size=size, merge=merge, lanes=lanes)
-    plan = Plan(
-        instance(template, layout.dtype, width, relu),
-        *(samples * tiles * parts, COLUMN_THREADS, sums * width * COLUMN_THREADS * 8, geometry),
-    )
+    tiled = instance(template, layout.dtype, width, relu, form="Tile")
+    shared = sums * width * TILE_THREADS * 8
+    plan = Plan(tiled, samples * tiles * parts, TILE_THREADS, shared, geometry)
     jobs, blocks = (samples * tiles, parts) if group == 1 else (samples, parts * tiles)
     return Reduction(plan, parts, 2 * samples * parts * channels, 0 if blocks == 1 else jobs)
 
@@ -211,9 +211,9 @@ def _column_reduction(
 def apply(layout: Layout, group: int, relu: bool, device: Device) -> Plan:
     """y of given or computed statistics. A mask is written in bytes, which the elements of a thread group must fill."""
     if relu and not _fills_mask_bytes(layout):
-        blocks = min(-(-prod(layout.shape) // COLUMN_THREADS), device.processors * 32)
+        blocks = min(-(-prod(layout.shape) // TILE_THREADS), device.processors * 32)
         flat = instance("flat_apply_add_relu", layout.dtype)
-        return Plan(flat, blocks, COLUMN_THREADS, 0, _geometry(layout, group, 1))
+        return Plan(flat, blocks, TILE_THREADS, 0, _geometry(layout, group, 1))
     return _map("apply", relu, layout, group, device)
 
 
@@ -231,26 +231,26 @@ def requantize(layout: Layout, device: Device) -> Plan:
 
 def _map(step: str, relu: bool | None, layout: Layout, group: int, device: Device, gradients: int = 0) -> Plan:
     samples, before, channels, after = layout.shape
-    if by_columns(layout):
-        form, width = "column", _column_width(layout)
+    if by_tiles(layout):
+        form, width = "Tile", _tile_width(layout)
         lanes, tiles = _tiles(channels, width)
-        threads, units, rows = COLUMN_THREADS, samples * tiles, before * after
+        threads, units, rows = TILE_THREADS, samples * tiles, before * after
         parts, size = _row_parts(rows, units, threads // lanes, 2 * WAVES, device)
     else:
-        form, width, lanes = "slab", slab_width(layout, 1), 0
+        form, width, lanes = "Slab", slab_width(layout, 1), 0
         packs, units = before * after // width, samples * channels
-        threads = min(COLUMN_THREADS, _threads(packs))
+        threads = min(TILE_THREADS, _threads(packs))
         wanted = max(1, min(-(-2 * WAVES * device.processors // units), packs // (2 * threads)))
         parts, size = _parts(packs, wanted)
     blocks = units * parts
     geometry = _geometry(layout, group, 1, parts=parts, size=size, lanes=lanes, blocks=blocks, summed=gradients)
     more = -(-channels // 32) if gradients else 0
-    return Plan(instance(f"{form}_{step}", layout.dtype, width, relu), blocks + more, threads, 0, geometry)
+    return Plan(instance(step, layout.dtype, width, relu, form=form), blocks + more, threads, 0, geometry)
 
 
 def _fills_mask_bytes(layout: Layout) -> bool:
     _, _, channels, after = layout.shape
-    return channels % 8 == 0 and after == 1 if by_columns(layout) else after % 8 == 0
+    return channels % 8 == 0 and after == 1 if by_tiles(layout) else after % 8 == 0
 
 
 # -- widths, teams, parts --------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def slab_width(layout: Layout, unit: int) -> int:
     return _widest(layout, run, [(n, a, c * unit) for n, a, c, _ in steps])
 
 
-def _column_width(layout: Layout) -> int:
+def _tile_width(layout: Layout) -> int:
     """The widest pack that divides the channels, where these are contiguous, and that every address allows."""
     steps = [step for step in layout.strides if step is not None]
     contiguous = all(c == 1 for _, _, c, _ in steps)

@@ -1,13 +1,14 @@
-// Batch norm, plus an addend, then ReLU (kernels/reference/batch_norm_add_relu.py): the kernels of slabs.cuh and
-// columns.cuh with RELU = true, and a map for layouts in which a thread's elements do not fill bytes of the mask.
+// Batch norm, plus an addend, then ReLU (kernels/reference/batch_norm_add_relu.py): the kernels of reductions.cuh and
+// maps.cuh with RELU = true, and a map for layouts in which a thread's elements do not fill bytes of the mask.
 #include "numbers.cuh"
 #include "geometry.cuh"
 #include "team.cuh"
+#include "parts.cuh"
 #include "partials.cuh"
 #include "parameter_sums.cuh"
 #include "formulas.cuh"
-#include "slabs.cuh"
-#include "columns.cuh"
+#include "reductions.cuh"
+#include "maps.cuh"
 
 // y = max(x_hat * weight + bias + addend, 0), an element to a thread, in C order of (A, C, B): any strides, any sizes.
 template <class T>

@@ -14,7 +14,7 @@ struct AffineArrays {
   Parameter weight, bias;     // (C,)
 
   __device__ __forceinline__ Affine of(const Geometry& g, int64 n, int64 c) const {
-    const int64 group = n * (g.C / g.K) + (g.K == 1 ? c : quotient(c, g.K));
+    const int64 group = g.group(n, c);
     return {mean[group], rstd[group], weight[c], bias[c]};
   }
 };
@@ -37,10 +37,10 @@ struct GradientArrays {
   bool weighted;              // the means are those of g and g * x_hat
 
   __device__ __forceinline__ Gradient of(const Geometry& g, int64 n, int64 c) const {
-    const int64 groups = g.C / g.K, group = n * groups + (g.K == 1 ? c : quotient(c, g.K));
+    const int64 group = g.group(n, c), plane = g.N * (g.C / g.K);
     const double w = weight[c], by = weighted ? 1 : w;
     if (mean == nullptr) return {0, rstd[group], w, 0, 0};
-    return {mean[group], rstd[group], w, by * means[group], by * means[g.N * groups + group]};
+    return {mean[group], rstd[group], w, by * means[group], by * means[plane + group]};
   }
 };
 

@@ -1,9 +1,13 @@
-// Geometry: which elements a thread visits, and where they are. _plan.py fills the structs, in the same order.
+// Geometry: what norms see of their arrays, and how threads walk them. _plan.py fills the structs, in the same order.
 //
 // Every norm sees x as (N, A, C, B), of any strides: samples, elements before the channel axis, channels, elements
 // after it. The channels stand in groups of K; one (sample, group) is normalized together. Batch norm is N = 1, K = 1,
 // with the batch in A; layer and RMS norm are N = rows, A = B = 1, K = C.
 #pragma once
+
+__device__ __forceinline__ int64 quotient(int64 a, int64 b) {  // of nonnegative numbers; 64 bits only where needed
+  return (a | b) >> 31 ? a / b : int64(unsigned(a) / unsigned(b));
+}
 
 struct Strides {  // in elements
   int64 n, a, c, b;
@@ -14,22 +18,21 @@ struct Geometry {
   int64 K;      // channels of a group
   int64 U;      // channels of a unit: what one block or team visits is (A, U, B) of one sample
   int64 parts;  // a unit is cut into so many parts, for as many blocks
-  int64 size;   // of a part, in packs (slabs) or rows (columns); a function of the shape, not of timing
+  int64 size;   // of a part, in packs (slabs) or rows (tiles); a function of the shape, not of timing
   int64 team;   // threads that share a unit: a power of two up to 32, or the whole block
   int64 merge;  // threads that share the merging of one group's parts: a power of two up to 32
   int64 stash;  // packs that a thread keeps in shared memory between its two visits of them
-  int64 lanes;  // columns: threads side by side; blockDim.x / lanes rows at a time
+  int64 lanes;  // tiles: threads side by side; blockDim.x / lanes rows at a time
   int64 blocks; // map kernels: blocks that map; those after them sum the parameters' gradients,
   int64 summed; // from products that were cut into so many parts
   Strides x, dy, y, z;  // z: the second output
 
   __device__ __forceinline__ int64 units() const { return C / U; }  // of a sample
   __device__ __forceinline__ int64 unit_elements() const { return A * U * B; }
+  __device__ __forceinline__ int64 group(int64 n, int64 c) const {  // that a channel of a sample belongs to
+    return n * (C / K) + (K == 1 ? c : quotient(c, K));
+  }
 };
-
-__device__ __forceinline__ int64 quotient(int64 a, int64 b) {  // of nonnegative numbers; 64 bits only where needed
-  return (a | b) >> 31 ? a / b : int64(unsigned(a) / unsigned(b));
-}
 
 // Every `step`-th pack of V from `first` to `last` of a unit: a run of U * B elements for each of A, one run after the
 // other. V > 1 needs packs that are contiguous, aligned, and of one channel, or of adjacent ones where B is 1.
@@ -67,45 +70,5 @@ struct Walk {
     if (g.B == 1) return a * s.a + i * s.c;
     const int64 c = quotient(i, g.B);
     return a * s.a + c * s.c + (i - c * g.B) * s.b;
-  }
-};
-
-// What a block of a slab kernel visits: a part of one unit, along its runs, which are contiguous in NCHW.
-struct Slab {
-  int64 n, unit, part, first, last;  // sample, unit within it, part of it, and its packs
-
-  __device__ __forceinline__ Slab(const Geometry& g, int64 block, int width) {
-    const int64 index = quotient(block, g.parts), total = g.unit_elements() / width;
-    part = block - index * g.parts;
-    n = quotient(index, g.units());
-    unit = index - n * g.units();
-    first = part * g.size;
-    last = first + g.size < total ? first + g.size : total;
-  }
-};
-
-// What a block of a column kernel visits: threads side by side along the channels, each with `width` adjacent ones, and
-// several rows of them. For channels that are contiguous, as in NHWC; a row is one (a, b). U = 1.
-struct Tile {
-  int64 n, part, first, last;  // sample, part of its rows
-  int64 tile, c;               // tile of channels, and the thread's first channel
-  int64 row, rows;             // the thread's row, and rows of the block
-  bool inside;                 // whether the channels exist
-
-  __device__ __forceinline__ Tile(const Geometry& g, int64 block, int width) {
-    const int64 lane = threadIdx.x % unsigned(g.lanes), total = g.A * g.B, tiles = count(g, width);
-    const int64 index = quotient(block, g.parts);
-    part = block - index * g.parts;
-    n = quotient(index, tiles);
-    tile = index - n * tiles;
-    c = (tile * g.lanes + lane) * width;
-    row = threadIdx.x / unsigned(g.lanes);
-    rows = blockDim.x / unsigned(g.lanes);
-    first = part * g.size;
-    last = first + g.size < total ? first + g.size : total;
-    inside = c < g.C;
-  }
-  static __device__ __forceinline__ int64 count(const Geometry& g, int width) {
-    return (g.C + g.lanes * width - 1) / (g.lanes * width);
   }
 };

@@ -62,16 +62,17 @@ struct MomentsOut {
   }
 };
 
-// `width` elements to a pack or row of a part, of which a unit has `total`. All threads of a block call it together.
+// A part has g.size steps of `width` elements of each unit, the last one the rest. All threads of a block call it.
 template <class T>
-__device__ __forceinline__ void merge_moments(const Partials& p, const T* x, int64 n, int64 first, int64 last,
-                                              int64 total, int width, const MomentsOut& out) {
+__device__ __forceinline__ void merge_moments(const Partials& p, const T* x, int64 n, const Job& job, int width,
+                                              const MomentsOut& out) {
   const Geometry& g = p.g;
   const Team team(g.merge);
+  const int64 total = g.unit_elements() / width;
   const double count = double(g.A * g.K * g.B);
-  for (int64 start = first; start < last; start += team.count) {
+  for (int64 start = job.first; start < job.last; start += team.count) {
     const int64 group = start + team.index;
-    const bool exists = group < last;
+    const bool exists = group < job.last;
     double sum[1] = {0}, squares[1] = {0};
     each_partial(p, n, group, team, exists, [&](int64, int64, double s, double) { sum[0] += s; });
     team.sum(sum, nullptr);
@@ -98,13 +99,13 @@ struct ProductsOut {
   }
 };
 
-__device__ __forceinline__ void merge_products(const Partials& p, const Parameter& weight, int64 n, int64 first,
-                                               int64 last, const ProductsOut& out) {
+__device__ __forceinline__ void merge_products(const Partials& p, const Parameter& weight, int64 n, const Job& job,
+                                               const ProductsOut& out) {
   const Geometry& g = p.g;
   const Team team(g.merge);
-  for (int64 start = first; start < last; start += team.count) {
+  for (int64 start = job.first; start < job.last; start += team.count) {
     const int64 group = start + team.index;
-    const bool exists = group < last;
+    const bool exists = group < job.last;
     double sums[2] = {0, 0};
     each_partial(p, n, group, team, exists, [&](int64, int64 unit, double dy, double dy_x_hat) {
       const double w = weight[unit];

@@ -1,6 +1,8 @@
 // Batch norm with given statistics from 8-bit integers to 8-bit integers: kernels/reference/quantized_batch_norm.py.
 #include "numbers.cuh"
 #include "geometry.cuh"
+#include "team.cuh"
+#include "parts.cuh"
 
 template <class T>
 struct Limits;
@@ -29,47 +31,27 @@ struct Quantization {
   }
 };
 
-template <class T, int V>
-__device__ __forceinline__ void requantize(const T* from, T* to, const Quantization& q, const double (&a)[V],
-                                           const double (&b)[V]) {
-  const Pack<T, V> in = load<V>(from);
-  Pack<T, V> out;
-#pragma unroll
-  for (int v = 0; v < V; ++v) out.v[v] = q(in.v[v], a[v], b[v]);
-  *reinterpret_cast<Pack<T, V>*>(to) = out;
-}
-
-template <class T, int V>
-__global__ void __launch_bounds__(256, 1)
-slab_requantize(const T* x,       // (1, A, C, B)
-                const double* a,  // (C,)
-                const double* b,  // (C,)
-                double x_scale, double x_zero_point, double y_scale, double y_zero_point, int relu,
-                T* y,  // as x, perhaps x itself
-                Geometry g) {
+template <template <int> class Form, class T, int V>
+__global__ void __launch_bounds__(Form<V>::THREADS, 1)
+requantize(const T* x,       // (1, A, C, B)
+           const double* a,  // (C,)
+           const double* b,  // (C,)
+           double x_scale, double x_zero_point, double y_scale, double y_zero_point, int relu,
+           T* y,  // as x, perhaps x itself
+           Geometry g) {
+  constexpr int CHANNELS = Form<V>::CHANNELS;
   const Quantization q{x_scale, x_zero_point, y_scale, y_zero_point, relu};
-  const Slab slab(g, blockIdx.x, V);
-  double as[V], bs[V];
+  const Form<V> part(g, blockIdx.x);
+  const T* xs = part.of(x, g.x);
+  T* ys = part.of(y, g.y);
+  double as[CHANNELS], bs[CHANNELS];
 #pragma unroll
-  for (int v = 0; v < V; ++v) as[v] = a[slab.unit], bs[v] = b[slab.unit];
-  for (Walk<V> at(g, slab.first + threadIdx.x, slab.last, blockDim.x); at.more(); at.next())
-    requantize(x + slab.unit * g.x.c + at.at(g, g.x), y + slab.unit * g.y.c + at.at(g, g.y), q, as, bs);
-}
-
-template <class T, int V>
-__global__ void __launch_bounds__(256, 1)
-column_requantize(const T* x,       // (1, A, C, B)
-                  const double* a,  // (C,)
-                  const double* b,  // (C,)
-                  double x_scale, double x_zero_point, double y_scale, double y_zero_point, int relu,
-                  T* y,  // as x, perhaps x itself
-                  Geometry g) {
-  const Quantization q{x_scale, x_zero_point, y_scale, y_zero_point, relu};
-  const Tile tile(g, blockIdx.x, V);
-  if (!tile.inside) return;
-  double as[V], bs[V];
+  for (int k = 0; k < CHANNELS; ++k) as[k] = a[part.c + k], bs[k] = b[part.c + k];
+  for (auto at = part.walk(g); at.more(); at.next()) {
+    const Pack<T, V> in = load<V>(xs + at.at(g, g.x));
+    Pack<T, V> out;
 #pragma unroll
-  for (int v = 0; v < V; ++v) as[v] = a[tile.c + v], bs[v] = b[tile.c + v];
-  for (Walk<1> at(g, tile.first + tile.row, tile.last, tile.rows); at.more(); at.next())
-    requantize(x + tile.c * g.x.c + at.at(g, g.x), y + tile.c * g.y.c + at.at(g, g.y), q, as, bs);
+    for (int v = 0; v < V; ++v) out.v[v] = q(in.v[v], as[v % CHANNELS], bs[v % CHANNELS]);
+    *reinterpret_cast<Pack<T, V>*>(ys + at.at(g, g.y)) = out;
+  }
 }

@@ -20,7 +20,7 @@ def quantized_batch_norm(
     y_zero_point: int,
     out: Array | None,
 ) -> Any:
-    return _requantize(x, a, b, x_scale, x_zero_point, y_scale, y_zero_point, False, out)
+    return _requantize(x, a, b, (x_scale, x_zero_point, y_scale, y_zero_point), False, out)
 
 
 @reference.quantized_batch_norm_relu.register("cupy")
@@ -34,24 +34,13 @@ def quantized_batch_norm_relu(
     y_zero_point: int,
     out: Array | None,
 ) -> Any:
-    return _requantize(x, a, b, x_scale, x_zero_point, y_scale, y_zero_point, True, out)
+    return _requantize(x, a, b, (x_scale, x_zero_point, y_scale, y_zero_point), True, out)
 
 
-def _requantize(
-    x: Array,
-    a: Array,
-    b: Array,
-    x_scale: float,
-    x_zero_point: int,
-    y_scale: float,
-    y_zero_point: int,
-    relu: bool,
-    out: Array | None,
-) -> Any:
+def _requantize(x: Array, a: Array, b: Array, scales: tuple[float, ...], relu: bool, out: Array | None) -> Any:
     if not _steps.takes_quantized(x):
         return NotImplemented
     with _loader.on_device(x):
         y = _steps.like(x, out)
-        scales = (x_scale, x_zero_point, y_scale, y_zero_point)
         _steps.requantize(x, _steps.statistic(a), _steps.statistic(b), scales, relu, y)
     return y

@@ -9,34 +9,19 @@
 #include "geometry.cuh"
 #include "team.cuh"
 
-// Shared memory: 64 doubles for sums, then what a thread keeps for itself, at [j * blockDim.x + threadIdx.x].
-template <class T, int V>
-struct Stash {
-  Pack<T, V>* packs;
-  int64 depth;
-
-  // The thread's j-th pack: on the first visit from memory, on the second from here where there was room.
-  __device__ __forceinline__ Pack<T, V> keep(const T* from, int64 j) const {
-    const Pack<T, V> pack = load<V>(from);
-    if (j < depth) packs[j * blockDim.x + threadIdx.x] = pack;
-    return pack;
-  }
-  __device__ __forceinline__ Pack<T, V> again(const T* from, int64 j) const {
-    return j < depth ? packs[j * blockDim.x + threadIdx.x] : load<V>(from);
-  }
-};
+// Shared memory: 64 doubles for sums, then the stash.
 
 template <bool CENTERED>
 struct RowStatistics;
 
 template <>
-struct RowStatistics<true> : Moments {
+struct RowStatistics<true> : Moments<1> {
   __device__ __forceinline__ void finish(double origin, double count, const Team& team, double* scratch, double& mean,
                                          double& var) {
-    double sum, m2;
-    team_moments(*this, origin, count, team, scratch, sum, m2);
-    mean = origin + sum / count;
-    var = in_range(m2) / count;
+    double all[1], m2[1];
+    merge_threads(*this, {origin}, count, all, m2, [&](double(&values)[1]) { team.sum(values, scratch); });
+    mean = origin + all[0] / count;
+    var = in_range(m2[0]) / count;
   }
 };
 

@@ -1,6 +1,6 @@
-// Teams: threads that share one unit, and the sums they form together. A team is a power of two of adjacent lanes, up
-// to a warp, or the whole block. Sums are butterflies: every thread gets the same bits, in an order that depends on
-// the size of the team alone.
+// Teams: threads that share one unit, the sums and moments they form together, and what each keeps. A team is a power of
+// two of adjacent lanes, up to a warp, or the whole block. Sums are butterflies: every thread gets the same bits, in an
+// order that depends on the size of the team alone.
 #pragma once
 
 struct Team {
@@ -40,23 +40,28 @@ struct Team {
   }
 };
 
-// What one thread has seen of a set: n values, their sum and sum of squares about its own first value. As the pivot is
-// one of the values, squares <= (n + 1) * m2: the subtraction in m2() costs at most n + 1 roundings, whatever the data.
+// What one thread has seen of M sets: of each n values, their sum and sum of squares about its own first value. As the
+// pivot is one of the values, squares <= (n + 1) * m2: the subtraction in m2() costs at most n + 1 roundings, whatever
+// the data.
+template <int M>
 struct Moments {
-  double n = 0, pivot = 0, sum = 0, squares = 0;
+  double n = 0, pivot[M] = {}, sum[M] = {}, squares[M] = {};
 
-  __device__ __forceinline__ void add(double x) {
-    if (n == 0) pivot = x;
-    const double d = x - pivot;
-    n += 1;
-    sum += d;
-    squares = fma(d, d, squares);
+  // A value of set m; the sets take turns.
+  __device__ __forceinline__ void add(double x, int m = 0) {
+    if (n == 0) pivot[m] = x;
+    const double d = x - pivot[m];
+    sum[m] += d;
+    squares[m] = fma(d, d, squares[m]);
+    if (m == M - 1) n += 1;
   }
   // Sum of deviations from `origin`, and of squared deviations from the thread's own mean.
-  __device__ __forceinline__ double about(double origin) const { return n == 0 ? 0 : fma(n, pivot - origin, sum); }
-  __device__ __forceinline__ double m2() const {
+  __device__ __forceinline__ double about(double origin, int m) const {
+    return n == 0 ? 0 : fma(n, pivot[m] - origin, sum[m]);
+  }
+  __device__ __forceinline__ double m2(int m) const {
     if (n == 0) return 0;
-    const double m2 = fma(-sum / n, sum, squares);
+    const double m2 = fma(-sum[m] / n, sum[m], squares[m]);
     return m2 < 0 ? 0 : m2;
   }
 };
@@ -69,14 +74,33 @@ __device__ __forceinline__ double m2_about(double n, double s, double m2, double
   return fma(n * e, e, m2);
 }
 
-// A team's moments: the sum of deviations from `origin`, which is one of its values, and m2 about the team's mean.
-__device__ __forceinline__ void team_moments(const Moments& mine, double origin, double count, const Team& team,
-                                             double* scratch, double& sum, double& m2) {
-  const double s = mine.about(origin);
-  double total[1] = {s};
-  team.sum(total, scratch);
-  double squares[1] = {m2_about(mine.n, s, mine.m2(), total[0] / count)};
-  team.sum(squares, scratch);
-  sum = total[0];
-  m2 = squares[0];
+// Of `count` values of each set, seen by many threads: the sum of deviations from `origin`, which is one of the values,
+// and m2 about their mean. `add_up` makes M values of each thread their sums.
+template <int M, class AddUp>
+__device__ __forceinline__ void merge_threads(const Moments<M>& mine, const double (&origin)[M], double count,
+                                              double (&sum)[M], double (&m2)[M], AddUp add_up) {
+  double own[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) sum[m] = own[m] = mine.about(origin[m], m);
+  add_up(sum);
+#pragma unroll
+  for (int m = 0; m < M; ++m) m2[m] = m2_about(mine.n, own[m], mine.m2(m), sum[m] / count);
+  add_up(m2);
 }
+
+// What a thread keeps for itself in shared memory between its two visits of a pack, at [j * blockDim.x + threadIdx.x].
+template <class T, int V>
+struct Stash {
+  Pack<T, V>* packs;
+  int64 depth;
+
+  // The thread's j-th pack: on the first visit from memory, on the second from here where there was room.
+  __device__ __forceinline__ Pack<T, V> keep(const T* from, int64 j) const {
+    const Pack<T, V> pack = load<V>(from);
+    if (j < depth) packs[j * blockDim.x + threadIdx.x] = pack;
+    return pack;
+  }
+  __device__ __forceinline__ Pack<T, V> again(const T* from, int64 j) const {
+    return j < depth ? packs[j * blockDim.x + threadIdx.x] : load<V>(from);
+  }
+};
