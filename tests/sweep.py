@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layer_cases import BUFFERS, backward
-from mpi.shards import assert_close, assert_neighbours, assert_within_an_ulp, held_alike_bits, shard
+from mpi.shards import (
+    assert_close,
+    assert_neighbours,
+    assert_within_an_ulp,
+    held_alike_bits,
+    shard,
+    sizes_before_cancellation,
+)
 from sync_cases import FUSED, SYNC, Kind
 
 EXACT = 1e-12  # float64 on well-conditioned data, where the two differ in the order of some sums
@@ -86,6 +93,7 @@ class Held(NamedTuple):
     dx: Any
     gradients: dict[str, Any]
     buffers: dict[str, Any]
+    sizes: tuple[Any, Any]  # of y and of dx before cancellation
 
 
 def on_rank(case: Case, data: Batch, comm: Any) -> Held:
@@ -107,26 +115,27 @@ def _parameters(case: Case) -> Any:
 def _trained(layer: Any, xs: Sequence[Any], dys: Sequence[Any]) -> Held:
     for x, dy in zip(xs, dys, strict=True):
         y, dx = layer(x), backward(layer, dy)
-    return Held(y, dx, dict(layer.grads), {name: getattr(layer, name) for name in BUFFERS})
+    sizes = sizes_before_cancellation(layer, x, dy) if len(x) else (0, 0)
+    return Held(y, dx, dict(layer.grads), {name: getattr(layer, name) for name in BUFFERS}, sizes)
 
 
 def assert_one_batch(case: Case, ranks: Sequence[Held], whole: Held, *, condition: float = 0.0) -> None:
     """The ranks hold together what the one process holds.
 
     float64 is good to 1e-12, or, if the data has a `condition` |mean| / std, to the roundings that this magnifies;
-    narrower dtypes are the same to an ulp before cancellation, and buffers, which are rounded once from float64, the same
-    number or the next.
+    narrower dtypes are the same to an ulp before cancellation, and buffers, which are rounded once from float64, are
+    the same number or the next.
     """
     assert held_alike_bits([list(rank.buffers.values()) for rank in ranks])
     y, dx = (np.concatenate(arrays) for arrays in zip(*((rank.y, rank.dx) for rank in ranks), strict=True))
-    running = [(ranks[0].buffers[name], whole.buffers[name]) for name in BUFFERS[:2]]
-    pairs = [(y, whole.y), (dx, whole.dx), *running]
+    running = [(ranks[0].buffers[name], whole.buffers[name], None) for name in BUFFERS[:2]]
+    pairs = [(y, whole.y, whole.sizes[0]), (dx, whole.dx, whole.sizes[1]), *running]
     bound = max(EXACT, ROUNDINGS * EPS64 * (1 + condition) * _PEAK) if condition else EXACT
-    for value, reference in pairs:
+    for value, reference, size in pairs:
         if case.dtype == "float64":
             assert_close(value, reference, bound)
-        elif value.ndim > 1:
-            assert_within_an_ulp(value, reference, reference)
+        elif size is not None:
+            assert_within_an_ulp(value, reference, size)
         else:
             assert_neighbours(value, reference)
     assert ranks[0].buffers[BUFFERS[2]] == whole.buffers[BUFFERS[2]]

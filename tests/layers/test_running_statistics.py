@@ -26,6 +26,7 @@ from layer_cases import (
     held,
     values,
 )
+from mpi.shards import assert_neighbours
 from namespaces import Namespace
 
 PLAIN = BATCH_NORMS + SYNC_BATCH_NORMS
@@ -231,8 +232,10 @@ def test_half_precision_input_gives_half_precision_output_and_float32_buffers(ca
     assert y.dtype == x.dtype
     expected = wide(x.astype(np.float32))
     np.testing.assert_array_equal(y, expected.astype(x.dtype))
-    assert layer.running_var.dtype == layer.running_mean.dtype == np.float32
-    assert held(layer) == held(wide)
+    for name in ("running_mean", "running_var"):
+        assert getattr(layer, name).dtype == np.float32
+        # the same number or the next: sums start from one of the first values, which a half holds less of
+        assert_neighbours(getattr(layer, name), getattr(wide, name))
 
 
 @pytest.mark.behaviour(24)

@@ -50,17 +50,24 @@ def assert_neighbours(value, reference):
     assert steps <= 1, f"an element is {steps} numbers away"
 
 
-def assert_within_an_ulp(value, reference, whole):
-    """Every element is its reference to one ulp of its channel's largest in `whole`: that is its size before its terms cancel,
-    and statistics summed in another order move the terms, not their difference, by an ulp."""
+def sizes_before_cancellation(layer, x, dy):
+    """Per channel, the largest of the terms that make y (x * scale, mean * scale, bias), and of those that make dx."""
+    columns = np.moveaxis(np.asarray(x, np.float64), 1, -1).reshape(-1, x.shape[1])
+    weight, bias = (np.abs(np.asarray(p, np.float64)) for p in (layer.weight, layer.bias))
+    scale = weight / np.sqrt(columns.var(axis=0) + layer.eps)
+    of_dy = np.abs(np.moveaxis(np.asarray(dy, np.float64), 1, -1).reshape(columns.shape))
+    return np.abs(columns).max(axis=0) * scale + bias, of_dy.max(axis=0) * scale
+
+
+def assert_within_an_ulp(value, reference, size):
+    """Every element is its reference to one ulp of its channel's `size`, that of its terms before they cancel."""
     assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
-    assert value.dtype == reference.dtype == whole.dtype, f"{value.dtype} is not {reference.dtype}"
-    value, reference, largest = (np.asarray(a, np.float64) for a in (value, reference, np.abs(whole)))
-    axes = tuple(axis for axis in range(whole.ndim) if axis != 1)
-    of = limits(whole.dtype.name)
-    largest = np.maximum(largest.max(axis=axes, keepdims=True), float(of.tiny))
-    ulp = 2.0 ** np.floor(np.log2(largest)) * float(of.eps)
-    assert np.all(np.abs(value - reference) <= ulp), f"off by {np.max(np.abs(value - reference) / ulp, initial=0)} ulp"
+    assert value.dtype == reference.dtype, f"{value.dtype} is not {reference.dtype}"
+    of = limits(reference.dtype.name)
+    ulp = 2.0 ** np.floor(np.log2(np.maximum(size, float(of.tiny)))) * float(of.eps)
+    off = np.abs(np.asarray(value, np.float64) - np.asarray(reference, np.float64))
+    ulps = off / ulp.reshape(1, -1, *[1] * (value.ndim - 2))
+    assert np.all(ulps <= 1), f"off by {np.max(ulps)} ulp"
 
 
 def _ordinals(array):

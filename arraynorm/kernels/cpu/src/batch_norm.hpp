@@ -11,6 +11,11 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
+// The type that maps are computed in. Ranks that hold parts of a batch agree with the whole to an ulp, for float32 results
+// are right to half of one; for large arrays memory takes longer than that arithmetic.
+template <class T>
+using Mapping = std::conditional_t<sizeof(T) == 2, float, double>;
+
 inline double forward_scale(const BatchNormForward& call, int64_t c) {
     return call.weight ? call.rstd[c] * call.weight[c] : call.rstd[c];
 }

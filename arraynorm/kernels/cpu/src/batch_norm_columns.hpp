@@ -166,7 +166,7 @@ void forward_columns(const BatchNormForward& call) {
         },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](const Tile& tile) {
-            computed<T>(is_tame<Computation<T>>(call, tile), [&](auto e) { write_forward<T, decltype(e)>(call, tile); });
+            computed<Mapping<T>>(is_tame<Mapping<T>>(call, tile), [&](auto e) { write_forward<T, decltype(e)>(call, tile); });
         });
 }
 
@@ -222,7 +222,7 @@ void backward_columns(const BatchNormBackward& call) {
         [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](const Tile& tile) {
-            computed<T>(is_tame<Computation<T>>(call, tile), [&](auto e) { write_backward<T, decltype(e), Mask>(call, tile); });
+            computed<Mapping<T>>(is_tame<Mapping<T>>(call, tile), [&](auto e) { write_backward<T, decltype(e), Mask>(call, tile); });
         });
 }
 

@@ -79,12 +79,12 @@ struct ForwardPlane {
 
 template <class T>
 void forward_planes(const BatchNormForward& call) {
-    using E = Computation<T>;
+    using E = Mapping<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 2 * v.size() * sizeof(T);
     if (!call.takes_statistics) {
         return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            computed<T>(is_tame<E>(call, c), [&](auto e) {
+            computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const T* x = call.x.at<const T>(n, c) + i;
                 ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x));
             });
@@ -96,7 +96,7 @@ void forward_planes(const BatchNormForward& call) {
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, bool more) {
-            computed<T>(is_tame<E>(call, c), [&](auto e) {
+            computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const ForwardPlane<T, decltype(e)> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
                     plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr);
@@ -186,12 +186,12 @@ private:
 
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
-    using E = Computation<T>;
+    using E = Mapping<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 3 * v.size() * sizeof(T);
     if (!call.reduces) {
         return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            computed<T>(is_tame<E>(call, c), [&](auto e) {
+            computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
                 BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
             });
@@ -203,7 +203,7 @@ void backward_planes(const BatchNormBackward& call) {
         [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](int64_t c, int64_t part, bool more) {
-            computed<T>(is_tame<E>(call, c), [&](auto e) {
+            computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const BackwardPlane<T, decltype(e), Mask> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
                     plane.write(n, i, length, more ? call.dy.at<const T>(n, c + 1) + i : nullptr,

@@ -140,7 +140,7 @@ void forward_columns(const RowNormForward& call) {
                 const int64_t row = piece.sample * rows.groups + c / rows.channels;
                 tame = tame && is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
             }
-            computed<T>(tame, [&](auto e) { write_piece<T, decltype(e)>(call, piece); });
+            computed<E>(tame, [&](auto e) { write_piece<T, decltype(e)>(call, piece); });
         });
 }
 
@@ -201,7 +201,7 @@ void backward_columns(const RowNormBackward& call) {
                 tame = tame && is_tame<E>(k.mean, k.rstd * value_or(call.weight, c, 1)) &&
                        is_tame<E>(k.constant, k.of_deviation());
             }
-            computed<T>(tame, [&](auto e) { write_backward_piece<T, decltype(e)>(call, sums, piece); });
+            computed<E>(tame, [&](auto e) { write_backward_piece<T, decltype(e)>(call, sums, piece); });
         });
     sums.keep_parameter_gradients();
 }

@@ -190,7 +190,7 @@ struct ElementsBackward {
                int64_t ahead, double* dweight, double* dbias) const {
         const Order order = order_of(number, call.dx.at<T>(sample, group * rows.channels + first));
         const bool tame = weight.tame() && std::all_of(k, k + number, [](const RowCoefficients& row) { return is_tame<E>(row); });
-        computed<T>(tame, [&](auto f) {
+        computed<E>(tame, [&](auto f) {
             using F = decltype(f);
             const auto in = order == Order::by_row               ? &ElementsBackward::write_in<F, Order::by_row>
                             : order == Order::together_streaming ? &ElementsBackward::write_in<F, Order::together_streaming>

@@ -43,7 +43,7 @@ void forward_planes(const RowNormForward& call) {
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
         [&](int64_t row, int64_t part, bool more) {
-            computed<T>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, more); });
+            computed<E>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, more); });
         });
 }
 
@@ -119,7 +119,7 @@ void backward_planes(const RowNormBackward& call) {
         const int64_t next = sample * parameters + channel + ahead * rows.channels;
         const RowCoefficients& k = sums.coefficients(row);
         const double scale = k.rstd * value_or(call.weight, channel, 1);
-        computed<T>(is_tame<E>(k.mean, scale) && is_tame<E>(k.constant, k.of_deviation()), [&](auto e) {
+        computed<E>(is_tame<E>(k.mean, scale) && is_tame<E>(k.constant, k.of_deviation()), [&](auto e) {
             write_channel<T, decltype(e)>(call, k, scale, blocks, sample, channel, part, next);
         });
     };

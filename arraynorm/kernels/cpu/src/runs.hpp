@@ -270,10 +270,9 @@ inline bool is_representable(Sums sums) {
     return std::isfinite(sums.first) && size < 1e30 && (size == 0 || size > 1e-30);
 }
 
-// f(E{}) where E will do for results in T, else f(double{}).
-template <class T, class F>
+// f(E{}) where E will do, else f(double{}).
+template <class E, class F>
 inline auto computed(bool tame, F f) {
-    using E = Computation<T>;
     return tame ? f(E{}) : f(double{});
 }
 
