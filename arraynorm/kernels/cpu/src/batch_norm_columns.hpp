@@ -30,7 +30,9 @@ struct Tiles {
         Tiles t{v.n, v.c, v.s};
         const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s);
         const int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
-        if (columns >= 64 || columns >= row)
+        // the rows of a tile would share their places in the cache, so that it would not hold them
+        const bool crowded = row * sizeof(T) % 4096 == 0 && v.size() * sizeof(T) <= (4 << 20);
+        if (!crowded && (columns >= 64 || columns >= row))
             // eight channels, so that a tile begins with a byte of the mask
             t.channels_per_tile = std::max<int64_t>(1, columns / std::max<int64_t>(1, 8 * v.s)) * 8;
         else

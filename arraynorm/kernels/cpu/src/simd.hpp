@@ -174,9 +174,16 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return reinterpret_cast<Bits16>(_mm256_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
 }
 #else
+// Not inlined: where there are no instructions, eight conversions are some hundred, and take a compiler minutes.
+[[gnu::noinline]] inline void widen(const float16* p, float* v) {
+    for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
+}
+[[gnu::noinline]] inline void narrow(const float* v, uint16_t* bits) {
+    for (int i = 0; i < lanes; ++i) bits[i] = to_float16(v[i]).bits;
+}
 [[gnu::always_inline]] inline Pack<float> from_storage(const float16* p) {
     float v[lanes];
-    for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
+    widen(p, v);
     Pack<float> r;
     std::memcpy(&r, v, sizeof r);
     return r;
@@ -184,8 +191,10 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
 [[gnu::always_inline]] inline Bits16 to_bits(float16, Pack<float> a) {
     float v[lanes];
     std::memcpy(v, &a, sizeof v);
+    uint16_t stored[lanes];
+    narrow(v, stored);
     Bits16 bits;
-    for (int i = 0; i < lanes; ++i) bits[i] = to_float16(v[i]).bits;
+    std::memcpy(&bits, stored, sizeof bits);
     return bits;
 }
 #endif
