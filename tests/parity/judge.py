@@ -4,9 +4,10 @@ An error is max |a - exact| / max |exact|, and of dx max |a - exact| / max |dy *
 the largest |mean| / sqrt(var + eps) of a case (0 for dbias, daddend and running_mean, where no mean is subtracted).
 
 - float64, where k and cancelling sums leave the digits for it: ours and torch's differ by 1e-12 at most.
-- Ours, always: EPS / 2 + OURS * 2**-52 * (1 + k) for an op, which computes in float64 and rounds once. For the three
-  steps of a layer, which rounds its sums and buffers between them, OURS * EPS + OURS * 2**-52 * (1 + k), and
-  OURS * EPS * (1 + k) where buffers normalize after they moved.
+- Ours, always: EPS / 2 + OURS * 2**-52 * (1 + k) for an op, which computes in float64 and rounds once; where x is not
+  float64, OURS * 2**-23 more, for the C++ kernels compute in float32 what is not a mean or a sum. For the three steps of
+  a layer, which rounds its sums and buffers between them, OURS * EPS more, and OURS * EPS * (1 + k) where buffers
+  normalize after they moved.
 - Torch's, always: TORCH * EPS * (1 + k), and (1 + k)**2 for group norm of a channels-last tensor, where it takes
   E[x^2] - E[x]^2. If EPS times that is above 1, it has no digit to promise; such arrays are counted.
 
@@ -155,6 +156,8 @@ class _Judgement:
         if side == "torch":
             return TORCH * eps * self.growth(k)
         computation = OURS * EPS["float64"] * (1 + k)
+        if self.case.dtype != "float64":
+            computation += OURS * EPS["float32"]
         if isinstance(self.case, OpCase):
             return eps / 2 + computation
         return OURS * eps * (1 + k if self.truth.moved_then_used else 1) + computation

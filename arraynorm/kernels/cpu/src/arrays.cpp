@@ -60,16 +60,17 @@ public:
     OurMemory(npy_intp bytes, const std::vector<const void*>& read_beside) {
         if (bytes < 4096) return;
         previous_ = Ref::checked(PyDataMem_SetHandler(memory_handler()));
-        set_read_beside(&read_beside);
+        previous_beside_ = exchange_read_beside(&read_beside);
     }
     ~OurMemory() {
         if (!previous_) return;
-        set_read_beside(nullptr);
+        exchange_read_beside(previous_beside_);
         Py_XDECREF(PyDataMem_SetHandler(previous_.get()));
     }
 
 private:
     Ref previous_;
+    const std::vector<const void*>* previous_beside_ = nullptr;
 };
 
 }  // namespace

@@ -36,7 +36,7 @@ struct Tiles {
             // eight channels, so that a tile begins with a byte of the mask
             t.channels_per_tile = std::max<int64_t>(1, columns / std::max<int64_t>(1, 8 * v.s)) * 8;
         else
-            t.row_blocks = std::clamp<int64_t>(t.rows * row / (8 * cache), 1, 32);
+            t.row_blocks = std::clamp<int64_t>(t.rows * row / (8 * cache), 1, std::clamp<int64_t>(t.rows, 1, 32));
         return t;
     }
 
@@ -96,12 +96,15 @@ inline void over_tiles(const Volume& v, const Tiles& t, int64_t bytes, std::init
     }
 }
 
-// Whether E will do for all channels of a tile.
-template <class E, class Call>
-inline bool is_tame(const Call& call, const Tile& tile) {
+// write(E{}, tile), where E will do for all channels of the tile; else its channels one by one, each as that needs.
+template <class E, class Call, class Write>
+inline void write_tile(const Call& call, const Tile& tile, Write write) {
+    bool all = true;
+    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c) all = all && is_tame<E>(call, c);
+    if (all) return write(E{}, tile);
     for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
-        if (!is_tame<E>(call, c)) return false;
-    return true;
+        computed<E>(is_tame<E>(call, c),
+                    [&](auto e) { write(e, Tile{tile.row, tile.rows * tile.repeat, c, 1, tile.s, 1}); });
 }
 
 // The values of the tile's columns, of(channel) for each.
@@ -136,7 +139,8 @@ template <class T, class E>
         write_columns(y, of_y, tile.rows, tile.width(), call.streaming, values, affine);
     } else {
         const int64_t all = call.volume.c * tile.s, bit = tile.row * all + tile.first * tile.s;
-        uint8_t* bytes = all % 8 == 0 ? call.mask + bit / 8 : nullptr;
+        const bool whole_bytes = all % 8 == 0 && bit % 8 == 0 && tile.width() % 8 == 0;
+        uint8_t* bytes = whole_bytes ? call.mask + bit / 8 : nullptr;
         write_columns(y, of_y, tile.rows, tile.width(), call.streaming, values,
                       [=](const auto& v, int64_t r, int64_t j, auto count) {
                           Pack<E> result = affine(v, r, j, count);
@@ -168,7 +172,7 @@ void forward_columns(const BatchNormForward& call) {
         },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](const Tile& tile) {
-            computed<Mapping<T>>(is_tame<Mapping<T>>(call, tile), [&](auto e) { write_forward<T, decltype(e)>(call, tile); });
+            write_tile<Mapping<T>>(call, tile, [&](auto e, const Tile& some) { write_forward<T, decltype(e)>(call, some); });
         });
 }
 
@@ -178,14 +182,12 @@ template <class T, class Mask>
 void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* total) {
     const int64_t all = call.volume.c * tile.s * tile.repeat;
     const Mask mask(call.mask, (tile.row * call.volume.c + tile.first) * tile.s);
-    bool tame = true;
-    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
-        tame = tame && is_tame<Computation<T>>(call.mean[c], call.rstd[c]);
     auto stream = [&](const Tensor& tensor) {
         return Stream<T>{tensor.at<const T>(tile.row, tile.first), tensor.sample * tile.repeat};
     };
     channel_sums(
-        stream(call.dy), stream(call.x), tile.rows, tile.all(), tile.s, tame,
+        stream(call.dy), stream(call.x), tile.rows, tile.all(), tile.s,
+        [&](int64_t c) { return is_tame<Computation<T>>(call.mean[tile.channel(c)], call.rstd[tile.channel(c)]); },
         [&](int64_t c) { return call.mean[tile.channel(c)]; },
         [=](auto dy, int64_t row, int64_t j, auto count)
             __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); },
@@ -224,7 +226,8 @@ void backward_columns(const BatchNormBackward& call) {
         [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](const Tile& tile) {
-            computed<Mapping<T>>(is_tame<Mapping<T>>(call, tile), [&](auto e) { write_backward<T, decltype(e), Mask>(call, tile); });
+            write_tile<Mapping<T>>(call, tile,
+                                   [&](auto e, const Tile& some) { write_backward<T, decltype(e), Mask>(call, some); });
         });
 }
 

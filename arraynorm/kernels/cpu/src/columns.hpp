@@ -172,23 +172,25 @@ template <class T, class E, class MeanOf, class Gate, class Take>
         take(c, sum);
     }
 }
-template <class T, class MeanOf, class Gate, class Take>
-void channel_sums(Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, bool tame, MeanOf mean_of, Gate gate,
-                  Take take) {
+// In E where that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one channel
+// needs changes no bit of another.
+template <class T, class IsTame, class MeanOf, class Gate, class Take>
+void channel_sums(Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, IsTame is_tame, MeanOf mean_of,
+                  Gate gate, Take take) {
     using E = Computation<T>;
-    if (tame) {
-        std::vector<Sums> found(channels);
-        bool representable = true;
-        channel_sums_in<T, E>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, Sums sums) {
-            found[c] = sums;
-            representable = representable && is_representable<E>(sums);
+    std::vector<Sums> found(channels);
+    std::vector<char> good(channels);
+    bool all = true;
+    channel_sums_in<T, E>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, const Sums& sums) {
+        found[c] = sums;
+        good[c] = is_tame(c) && is_representable<E>(sums);
+        all = all && good[c];
+    });
+    if (!all)
+        channel_sums_in<T, double>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, const Sums& sums) {
+            if (!good[c]) found[c] = sums;
         });
-        if (representable) {
-            for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
-            return;
-        }
-    }
-    channel_sums_in<T, double>(dy, x, rows, channels, s, mean_of, gate, take);
+    for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
 }
 
 // -- writing --------------------------------------------------------------------------------------------------

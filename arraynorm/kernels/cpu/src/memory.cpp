@@ -11,6 +11,7 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -176,7 +177,9 @@ PyDataMem_Handler handler = {"arraynorm", 1, {nullptr, allocate, allocate_zeros,
 
 }  // namespace
 
-void set_read_beside(const std::vector<const void*>* addresses) { read_beside = addresses; }
+const std::vector<const void*>* exchange_read_beside(const std::vector<const void*>* addresses) {
+    return std::exchange(read_beside, addresses);
+}
 
 PyObject* memory_handler() {
     static PyObject* capsule = PyCapsule_New(&handler, "mem_handler", nullptr);

@@ -17,7 +17,7 @@ namespace arraynorm {
 PyObject* memory_handler();
 
 // What this thread's next blocks will be written while reading, or null: they are placed so that neither slows the other.
-void set_read_beside(const std::vector<const void*>* addresses);
+const std::vector<const void*>* exchange_read_beside(const std::vector<const void*>* addresses);
 
 // Bytes kept at most, and now; what is kept can be given back.
 void set_memory_limit(int64_t bytes);

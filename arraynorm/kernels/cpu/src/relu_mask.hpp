@@ -18,7 +18,7 @@ public:
     }
 
     void put(unsigned bits, Full) {
-        if (pending_ == 0 && !shared_)
+        if (pending_ == 0)
             *byte_++ = uint8_t(bits);
         else
             put(bits, lanes);

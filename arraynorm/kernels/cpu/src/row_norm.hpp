@@ -1,7 +1,8 @@
 // Layer, RMS, group and instance norm over rows: statistics per row, parameters per channel. The formulas are those of
 // reference/layer_norm.py, rms_norm.py, group_norm.py and instance_norm.py.
 //
-// How sums are cut up depends on the shape alone, so no bit depends on the number of threads.
+// How sums are cut up depends on the shape and the strides of inputs alone: no bit depends on the number of threads, or on
+// where results go.
 #pragma once
 
 #include "blocks.hpp"

@@ -86,6 +86,18 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
     parallel_for(rows.samples * m.blocks, bytes, [&](int64_t i) { visit(i / m.blocks, i % m.blocks, adjacent, write); });
 }
 
+// write(E{}, piece), where E will do for all its channels; else those one by one, each as that needs.
+template <class E, class IsTame, class Write>
+inline void computed_by_channel(const Piece& piece, IsTame is_tame_channel, Write write) {
+    bool all = true;
+    for (int64_t c = piece.first; c < piece.first + piece.channels; ++c) all = all && is_tame_channel(c);
+    if (all) return write(E{}, piece);
+    for (int64_t c = piece.first; c < piece.first + piece.channels; ++c)
+        computed<E>(is_tame_channel(c), [&](auto e) {
+            write(e, Piece{piece.sample, piece.line, piece.lines * piece.repeat, c, 1, piece.s, 1});
+        });
+}
+
 // The values of the piece's columns, of(channel) for each.
 template <class E, int number, class Of>
 inline ColumnValues<E, number> values_of(const Piece& piece, Of of) {
@@ -135,12 +147,12 @@ void forward_columns(const RowNormForward& call) {
             }
         },
         [&](const Piece& piece) {
-            bool tame = true;
-            for (int64_t c = piece.first; c < piece.first + piece.channels; ++c) {
+            auto is_tame_channel = [&](int64_t c) {
                 const int64_t row = piece.sample * rows.groups + c / rows.channels;
-                tame = tame && is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
-            }
-            computed<E>(tame, [&](auto e) { write_piece<T, decltype(e)>(call, piece); });
+                return is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
+            };
+            computed_by_channel<E>(piece, is_tame_channel,
+                                   [&](auto e, const Piece& some) { write_piece<T, decltype(e)>(call, some); });
         });
 }
 
@@ -150,15 +162,14 @@ template <class T>
 void add_piece_sums(const RowNormBackward& call, const Piece& piece, Sums* sums) {
     const double *mean = call.mean + piece.sample * call.rows.groups, *rstd = call.rstd + piece.sample * call.rows.groups;
     const int64_t per_group = call.rows.channels;
-    bool tame = true;
-    for (int64_t g = piece.first / per_group; g <= (piece.first + piece.channels - 1) / per_group; ++g)
-        tame = tame && is_tame<Computation<T>>(mean[g], rstd[g]);
+    auto group_of = [=](int64_t c) { return piece.channel(c) / per_group; };
     auto stream = [&](const Tensor& tensor) {
         return Stream<T>{piece.start<const T>(tensor), tensor.channel * piece.repeat};
     };
     channel_sums(
-        stream(call.dy), stream(call.x), piece.lines, piece.all(), piece.s, tame,
-        [&](int64_t c) { return mean[piece.channel(c) / per_group]; },
+        stream(call.dy), stream(call.x), piece.lines, piece.all(), piece.s,
+        [&](int64_t c) { return is_tame<Computation<T>>(mean[group_of(c)], rstd[group_of(c)]); },
+        [&](int64_t c) { return mean[group_of(c)]; },
         [](auto dy, int64_t, int64_t, auto) __attribute__((always_inline)) { return dy; },
         [&](int64_t c, const Sums& found) { sums[piece.channel(c)].add(found); });
 }
@@ -195,13 +206,13 @@ void backward_columns(const RowNormBackward& call) {
             for (int64_t g = 0; g < rows.groups; ++g) sums.keep(sample * rows.groups + g);
         },
         [&](const Piece& piece) {
-            bool tame = true;
-            for (int64_t c = piece.first; c < piece.first + piece.channels; ++c) {
+            auto is_tame_channel = [&](int64_t c) {
                 const RowCoefficients& k = sums.coefficients(piece.sample * rows.groups + c / rows.channels);
-                tame = tame && is_tame<E>(k.mean, k.rstd * value_or(call.weight, c, 1)) &&
-                       is_tame<E>(k.constant, k.of_deviation());
-            }
-            computed<E>(tame, [&](auto e) { write_backward_piece<T, decltype(e)>(call, sums, piece); });
+                return is_tame<E>(k.mean, k.rstd * value_or(call.weight, c, 1)) && is_tame<E>(k.constant, k.of_deviation());
+            };
+            computed_by_channel<E>(piece, is_tame_channel, [&](auto e, const Piece& some) {
+                write_backward_piece<T, decltype(e)>(call, sums, some);
+            });
         });
     sums.keep_parameter_gradients();
 }

@@ -12,13 +12,6 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 // -- parameters -----------------------------------------------------------------------------------------------
 
-// Whether products with it can be computed in E.
-template <class E>
-inline bool is_tame_parameter(double value) {
-    const double size = std::abs(value);
-    return std::is_same_v<E, double> || size == 0 || (size > 1e-15 && size < 1e15);
-}
-
 // A vector of parameters in E: the caller's, where that is in E, else a copy; of `otherwise` where there is none.
 template <class E>
 class Parameters {
@@ -29,7 +22,7 @@ public:
         own_.assign(size, E(otherwise));
         for (int64_t i = 0; values && i < size; ++i) {
             own_[i] = E(values[i]);
-            tame_ = tame_ && is_tame_parameter<E>(values[i]);
+            tame_ = tame_ && is_tame<E>(0, values[i]);
         }
     }
     const E* data() const { return given_ ? given_ : own_.data(); }

@@ -185,12 +185,17 @@ struct ElementsBackward {
             }
     }
 
-    // The same, in double where a row needs it.
+    // The same, in double for the rows that need it.
     void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
                int64_t ahead, double* dweight, double* dbias) const {
         const Order order = order_of(number, call.dx.at<T>(sample, group * rows.channels + first));
-        const bool tame = weight.tame() && std::all_of(k, k + number, [](const RowCoefficients& row) { return is_tame<E>(row); });
-        computed<E>(tame, [&](auto f) {
+        const bool all = weight.tame() && std::all_of(k, k + number, [](const auto& row) { return is_tame<E>(row); });
+        if (!all && number > 1) {
+            for (int64_t r = 0; r < number; ++r)
+                write(1, sample + r, group, first, width, k + r, ahead, dweight, dbias);
+            return;
+        }
+        computed<E>(all, [&](auto f) {
             using F = decltype(f);
             const auto in = order == Order::by_row               ? &ElementsBackward::write_in<F, Order::by_row>
                             : order == Order::together_streaming ? &ElementsBackward::write_in<F, Order::together_streaming>

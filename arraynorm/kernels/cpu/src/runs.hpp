@@ -177,10 +177,11 @@ template <class E, class T, class Runs>
     return sums.total();
 }
 
-// Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot.
+// Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot. Zero may be what has
+// become of small ones.
 template <class E>
 inline bool is_reliable(Sums sums, double n) {
-    const bool in_range = std::is_same_v<E, double> || sums.second == 0 || (sums.second > 1e-25 && sums.second < 1e30);
+    const bool in_range = std::is_same_v<E, double> || (sums.second > 1e-25 && sums.second < 1e30);
     return in_range && sums.first * sums.first <= 0.75 * n * sums.second;
 }
 
@@ -195,10 +196,10 @@ inline int64_t number_of_pivots(int64_t n) {
 // As T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for long; from
 // any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
 template <class T>
-inline double pivot_of(const T* x, int64_t n, int64_t distance = 1) {
+inline double pivot_of(const T* x, int64_t n) {
     const int64_t number = number_of_pivots(n);
     double sum = 0;
-    for (int64_t i = 0; i < number; ++i) sum += double(to_float(x[i * distance]));
+    for (int64_t i = 0; i < number; ++i) sum += double(to_float(x[i]));
     sum /= double(number);
     if constexpr (sizeof(T) == 2) {
         T stored[lanes];
@@ -262,12 +263,12 @@ inline bool is_tame(double mean, double scale) {
            (std::abs(mean) < 1e15 && (size == 0 || (size > 1e-15 && size < 1e15)));
 }
 
-// Whether sums of products in E have neither overflowed nor underflowed.
+// Whether sums of products in E have neither overflowed nor underflowed; those of zeros alone are asked for again.
 template <class E>
 inline bool is_representable(Sums sums) {
     if (std::is_same_v<E, double>) return true;
     const double size = std::abs(sums.second);
-    return std::isfinite(sums.first) && size < 1e30 && (size == 0 || size > 1e-30);
+    return std::isfinite(sums.first) && size < 1e30 && size > 1e-30;
 }
 
 // f(E{}) where E will do, else f(double{}).

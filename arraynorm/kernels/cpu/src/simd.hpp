@@ -58,11 +58,6 @@ template <class E>
     for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] *= b.part[i];
     return a;
 }
-template <class E>
-[[gnu::always_inline]] inline Pack<E> operator/(Pack<E> a, Pack<E> b) {
-    for (int i = 0; i < Pack<E>::parts; ++i) a.part[i] /= b.part[i];
-    return a;
-}
 
 // max(a, 0), and NaN for NaN.
 template <class E>
