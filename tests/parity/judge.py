@@ -5,8 +5,8 @@ the largest |mean| / sqrt(var + eps) of a case (0 for dbias, daddend and running
 
 - float64, where k and cancelling sums leave the digits for it: ours and torch's differ by 1e-12 at most.
 - Ours, always: EPS / 2 + OURS * 2**-52 * (1 + k) for an op, which computes in float64 and rounds once; where x is not
-  float64, OURS * 2**-23 more, for the C++ kernels compute in float32 what is not a mean or a sum. For the three steps of
-  a layer, which rounds its sums and buffers between them, OURS * EPS more, and OURS * EPS * (1 + k) where buffers
+  float64, OURS * 2**-23 more, for the C++ kernels compute in float32 what is not a mean or a sum. For the three steps
+  of a layer, which rounds its sums and buffers between them, OURS * EPS more, and OURS * EPS * (1 + k) where buffers
   normalize after they moved.
 - Torch's, always: TORCH * EPS * (1 + k), and (1 + k)**2 for group norm of a channels-last tensor, where it takes
   E[x^2] - E[x]^2. If EPS times that is above 1, it has no digit to promise; such arrays are counted.
