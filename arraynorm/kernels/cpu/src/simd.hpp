@@ -305,10 +305,18 @@ template <class T, class E>
     auto r = rounded<T>(a);
     unsigned bits = 0;
     if constexpr (sizeof(T) == 2) {
+        constexpr uint16_t infinity = std::is_same_v<T, float16> ? 0x7c00 : 0x7f80;
+#if defined(__x86_64__)
+        // as 16-bit integers the positive numbers lie between 0 and infinity, and above that NaN
+        const __m128i v = reinterpret_cast<__m128i>(r);
+        const __m128i above = _mm_cmpgt_epi16(v, _mm_setzero_si128());
+        const __m128i below = _mm_cmpgt_epi16(_mm_set1_epi16(int16_t(infinity + 1)), v);
+        bits = unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm_and_si128(above, below), _mm_setzero_si128())));
+#else
         uint16_t v[lanes];
         std::memcpy(v, &r, sizeof v);
-        const uint16_t infinity = std::is_same_v<T, float16> ? 0x7c00 : 0x7f80;
         for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] != 0 && v[i] <= infinity) << i;
+#endif
     } else {
 #if defined(__AVX__)
         for (int i = 0; i < decltype(r)::parts; ++i) {
