@@ -48,6 +48,7 @@ public:
 
     PyObject* get() const { return object_; }
     PyArrayObject* array() const { return reinterpret_cast<PyArrayObject*>(object_); }
+    PyArray_Descr* descr() const { return reinterpret_cast<PyArray_Descr*>(object_); }
     PyObject* release() { return std::exchange(object_, nullptr); }
     explicit operator bool() const { return object_ != nullptr; }
 

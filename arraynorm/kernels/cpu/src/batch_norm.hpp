@@ -16,7 +16,9 @@ namespace arraynorm::ARRAYNORM_ISA {
 template <class T>
 using Mapping = std::conditional_t<sizeof(T) == 2, float, double>;
 
-inline double forward_scale(const BatchNormForward& call, int64_t c) {
+// Of y, for a given x - mean.
+template <class Call>
+inline double forward_scale(const Call& call, int64_t c) {
     return call.weight ? call.rstd[c] * call.weight[c] : call.rstd[c];
 }
 
@@ -26,7 +28,7 @@ struct BackwardCoefficients {
 };
 
 inline BackwardCoefficients backward_coefficients(const BatchNormBackward& call, int64_t c) {
-    const double of_dy = call.weight ? call.rstd[c] * call.weight[c] : call.rstd[c];
+    const double of_dy = forward_scale(call, c);
     if (!call.mean_dy) return {of_dy};
     return {of_dy, -of_dy * call.rstd[c] * call.mean_dy_x_hat[c], -of_dy * call.mean_dy[c]};
 }

@@ -14,7 +14,7 @@ inline int64_t mask_bit(const Volume& v, int64_t n, int64_t c, int64_t i) { retu
 
 // write(n, c, first, length) for pieces of all runs, in the order of memory
 template <class Write>
-inline void over_runs(const Volume& v, int64_t bytes, Write write) {
+inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write write) {
     const Blocks blocks(1, v.s);
     const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
     parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
@@ -26,7 +26,7 @@ inline void over_runs(const Volume& v, int64_t bytes, Write write) {
             block = 0;
             if (++c == v.c) c = 0, ++n;
         }
-        finish_streaming();
+        if (streaming) finish_streaming();
     });
 }
 
@@ -46,31 +46,33 @@ template <class T, class E>
 struct ForwardPlane {
     const BatchNormForward& call;
     int64_t c;
-    Mean<E> mean;
     Pack<E> pivot, scale, shift;
 
-    ForwardPlane(const BatchNormForward& call, int64_t c)
-        : call(call), c(c), mean(call.mean[c]), pivot(mean.rounded), scale(E(forward_scale(call, c))),
-          shift(E(mean.constant(forward_scale(call, c), call.bias ? call.bias[c] : 0))) {}
+    ForwardPlane(const BatchNormForward& call, int64_t c) : call(call), c(c) {
+        const Mean<E> mean(call.mean[c]);
+        const double of_x = forward_scale(call, c);
+        pivot = Pack<E>(mean.rounded);
+        scale = Pack<E>(E(of_x));
+        shift = Pack<E>(E(mean.constant(of_x, call.bias ? call.bias[c] : 0)));
+    }
 
     // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next) const {
         const T* x = call.x.at<const T>(n, c) + i;
         T* y = call.y.at<T>(n, c) + i;
-        const Writing how{call.streaming};
         const Pack<E> k = pivot, a = scale, b = shift;
         auto affine = [=](int64_t j, auto count) { return fma(load<E>(x + j, count) - k, a, b); };
-        if (!call.mask) return write_run(y, length, how, next, [=](int64_t j, auto count, auto) { return affine(j, count); });
+        if (!call.mask) return write_run(y, length, call.streaming, next, [=](int64_t j, auto count, auto) { return affine(j, count); });
         MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
         auto gated = [&](Pack<E> v, auto count) {
             mask.put(positive<T>(v), count);
             return relu(v);
         };
         if (!call.addend)
-            return write_run(y, length, how, next,
+            return write_run(y, length, call.streaming, next,
                              [&](int64_t j, auto count, auto) { return gated(affine(j, count), count); });
         const T* addend = call.addend.at<const T>(n, c) + i;
-        write_run(y, length, how, next, [&](int64_t j, auto count, auto) {
+        write_run(y, length, call.streaming, next, [&](int64_t j, auto count, auto) {
             if constexpr (std::is_same_v<decltype(count), Full>) prefetch(further_on(addend + j));
             return gated(affine(j, count) + load<E>(addend + j, count), count);
         });
@@ -83,7 +85,7 @@ void forward_planes(const BatchNormForward& call) {
     const Volume& v = call.volume;
     const int64_t bytes = 2 * v.size() * sizeof(T);
     if (!call.takes_statistics) {
-        return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
+        return over_runs(v, bytes, call.streaming, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const T* x = call.x.at<const T>(n, c) + i;
                 ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x));
@@ -108,35 +110,15 @@ void forward_planes(const BatchNormForward& call) {
 
 // -- backward -------------------------------------------------------------------------------------------------
 
-template <class T, class E, class Mask>
-[[gnu::flatten]] Sums part_sums_in(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    const Mean<E> mean(call.mean[c]);
-    const Pack<E> pivot(mean.rounded);
-    Accumulators accumulators;
-    blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) __attribute__((always_inline)) {
-        const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-        const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
-        accumulators.run(
-            length,
-            [=](int64_t j, auto count) __attribute__((always_inline)) {
-                const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
-                return Terms<E>{g, g, load_filled<E>(x + j, count) - pivot};
-            },
-            dy, x);
-    });
-    Sums sums = accumulators.total();
-    sums.second = mean.constant(sums.first, sums.second);
-    return sums;
-}
-
 template <class T, class Mask>
 Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
     using E = Computation<T>;
-    if (is_tame<E>(call.mean[c], call.rstd[c])) {
-        const Sums sums = part_sums_in<T, E, Mask>(call, blocks, c, part);
-        if (is_representable<E>(sums)) return sums;
-    }
-    return part_sums_in<T, double, Mask>(call, blocks, c, part);
+    return gradient_sums<E>(
+        blocks, part, call.mean[c], is_tame<E>(call.mean[c], call.rstd[c]), [&](auto, int64_t n, int64_t i) {
+            const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
+            return Gradients{call.dy.at<const T>(n, c) + i, call.x.at<const T>(n, c) + i,
+                             [=](auto dy, int64_t j, auto count) __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
+        });
 }
 
 // The map of one channel, in E.
@@ -145,16 +127,21 @@ struct BackwardPlane {
     const BatchNormBackward& call;
     int64_t c;
     bool needs_x;
-    Mean<E> mean;
     Pack<E> pivot, of_dy, of_deviation, constant;
 
-    BackwardPlane(const BatchNormBackward& call, int64_t c) : BackwardPlane(call, c, backward_coefficients(call, c)) {}
+    BackwardPlane(const BatchNormBackward& call, int64_t c) : call(call), c(c), needs_x(call.mean_dy) {
+        const BackwardCoefficients k = backward_coefficients(call, c);
+        const Mean<E> mean(needs_x ? call.mean[c] : 0);
+        pivot = Pack<E>(mean.rounded);
+        of_dy = Pack<E>(E(k.of_dy));
+        of_deviation = Pack<E>(E(k.of_deviation));
+        constant = Pack<E>(E(mean.constant(k.of_deviation, k.constant)));
+    }
 
     // `length` elements of run n from element i; `next` and `next_x` as in ForwardPlane
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, const T* next_x) const {
         const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
         T *dx = call.dx.at<T>(n, c) + i, *daddend = call.daddend ? call.daddend.at<T>(n, c) + i : nullptr;
-        const Writing how{call.streaming};
         const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
         // both outputs' lines begin at the same elements
         const bool together = daddend && to_line(daddend) == to_line(dx);
@@ -169,19 +156,14 @@ struct BackwardPlane {
         };
         const Pack<E> pivot = this->pivot, a = of_dy, b = of_deviation, k = constant;
         if (!needs_x)
-            return write_run(dx, length, how, next,
+            return write_run(dx, length, call.streaming, next,
                              [&](int64_t j, auto count, auto streams) { return gated(j, count, streams) * a; });
-        write_run(dx, length, how, next, [&](int64_t j, auto count, auto streams) {
+        write_run(dx, length, call.streaming, next, [&](int64_t j, auto count, auto streams) {
             if constexpr (std::is_same_v<decltype(count), Full>)
                 if (next_x) prefetch(next_x + j);
             return fma(gated(j, count, streams), a, fma(load<E>(x + j, count) - pivot, b, k));
         });
     }
-
-private:
-    BackwardPlane(const BatchNormBackward& call, int64_t c, const BackwardCoefficients& k)
-        : call(call), c(c), needs_x(call.mean_dy), mean(needs_x ? call.mean[c] : 0), pivot(mean.rounded),
-          of_dy(E(k.of_dy)), of_deviation(E(k.of_deviation)), constant(E(mean.constant(k.of_deviation, k.constant))) {}
 };
 
 template <class T, class Mask>
@@ -190,7 +172,7 @@ void backward_planes(const BatchNormBackward& call) {
     const Volume& v = call.volume;
     const int64_t bytes = 3 * v.size() * sizeof(T);
     if (!call.reduces) {
-        return over_runs(v, bytes, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
+        return over_runs(v, bytes, call.streaming, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
                 BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));

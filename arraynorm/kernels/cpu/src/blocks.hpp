@@ -44,6 +44,46 @@ struct Blocks {
     }
 };
 
+// What sums of gradients are made of: g = gate(dy, j, count), and x.
+template <class T, class Gate>
+struct Gradients {
+    const T *dy, *x;
+    Gate gate;
+};
+template <class T, class Gate>
+Gradients(const T*, const T*, Gate) -> Gradients<T, Gate>;
+
+template <class E, class Open>
+[[gnu::flatten]] Sums gradient_sums_in(const Blocks& blocks, int64_t part, double set_mean, const Open& open) {
+    const Mean<E> mean(set_mean);
+    const Pack<E> pivot(mean.rounded);
+    Accumulators accumulators;
+    blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
+        const auto from = open(E{}, run, i);
+        accumulators.run(
+            length,
+            [=](int64_t j, auto count) __attribute__((always_inline)) {
+                const Pack<E> g = from.gate(load<E>(from.dy + j, count), j, count);
+                return Terms<E>{g, g, load_filled<E>(from.x + j, count) - pivot};
+            },
+            from.dy, from.x);
+    });
+    Sums sums = accumulators.total();
+    sums.second = mean.constant(sums.first, sums.second);
+    return sums;
+}
+
+// Sums of g and of g * (x - mean) over a part of a set; open(e, run, i) gives the Gradients, in e's type, from element i of
+// a run. In E where it is `tame` and the sums are what they should be, else in double.
+template <class E, class Open>
+inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool tame, const Open& open) {
+    if (tame) {
+        const Sums sums = gradient_sums_in<E>(blocks, part, mean, open);
+        if (is_representable<E>(sums)) return sums;
+    }
+    return gradient_sums_in<double>(blocks, part, mean, open);
+}
+
 // Reduces every set, and then writes it. Few sets are shared out in parts, by the same arithmetic.
 //
 // reduce(set, part) gives what is added up; keep(set, sum) is told the whole set's; write(set, part, more) writes, with

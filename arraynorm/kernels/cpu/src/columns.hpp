@@ -5,16 +5,59 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
+#include "calls.hpp"
 #include "runs.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
+// Some rows of some channels of a matrix, as loops walk them: `repeat` rows of memory may stand side by side in one.
+struct Tile {
+    int64_t row, rows;  // the first is that of memory
+    int64_t first, channels, s, repeat = 1;
+
+    int64_t all() const { return channels * repeat; }
+    int64_t width() const { return all() * s; }
+    int64_t channel(int64_t c) const { return first + c % channels; }
+
+    // visit(tile) for all of this one, whose rows are those of memory, `distance` apart. A few columns alone would not fill
+    // a pack: of adjacent rows 64 are taken as one.
+    template <class Visit>
+    void widened(int64_t distance, Visit visit) const {
+        const int64_t number = distance == width() && width() < 64 && rows >= 64 ? 64 : 1, whole = rows / number;
+        visit(Tile{row, whole, first, channels, s, number});
+        if (whole * number < rows) visit(Tile{row + whole * number, rows - whole * number, first, channels, s});
+    }
+};
+
+// A distance in all of the arrays that there are, or 0 where they differ.
+inline int64_t common(int64_t Tensor::*distance, std::initializer_list<Tensor> arrays) {
+    std::optional<int64_t> found;
+    for (const Tensor& array : arrays) {
+        if (!array) continue;
+        if (found && *found != array.*distance) return 0;
+        found = array.*distance;
+    }
+    return found.value_or(0);
+}
+
+// An array where the rows of a tile are: where the first begins, and how far they lie apart.
+template <class T>
+struct RowsOf {
+    T* start;
+    int64_t distance;
+
+    T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
+};
+
 // step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first of
 // `most` rows at a time. Both numbers are constants.
 template <int most, int packs, class Step>
-[[gnu::always_inline]] inline void over_rows(int64_t rows, int64_t width, Step step) {
+[[gnu::always_inline]] inline void over_rows(const Tile& tile, Step step) {
+    const int64_t width = tile.width();
     auto sweep = [&](int64_t row, auto number) __attribute__((always_inline)) {
         int64_t j = 0;
         for (; j + packs * lanes <= width; j += packs * lanes)
@@ -23,13 +66,8 @@ template <int most, int packs, class Step>
         if (j < width) step(row, number, j, std::integral_constant<int, 1>{}, width - j);
     };
     int64_t row = 0;
-    for (; row + most <= rows; row += most) sweep(row, std::integral_constant<int, most>{});
-    for (; row < rows; ++row) sweep(row, std::integral_constant<int, 1>{});
-}
-
-// Rows to be taken as one, with as many times the columns: a few adjacent columns alone would not fill a pack.
-inline int64_t rows_as_one(bool adjacent, int64_t rows, int64_t width) {
-    return adjacent && width < 64 && rows >= 64 ? 64 : 1;
+    for (; row + most <= tile.rows; row += most) sweep(row, std::integral_constant<int, most>{});
+    for (; row < tile.rows; ++row) sweep(row, std::integral_constant<int, 1>{});
 }
 
 // Packs in a cache line of T.
@@ -38,24 +76,16 @@ inline constexpr int line_packs = std::max<int>(1, 64 / int(sizeof(T)) / lanes);
 
 // -- sums -----------------------------------------------------------------------------------------------------
 
-// What the terms of sums are read from: where it begins, and how far its rows lie apart.
-template <class T>
-struct Stream {
-    const T* start;
-    int64_t distance;
-};
-
 // Sums of columns: two for each.
 struct ColumnSums {
     std::vector<double> first, second;
     explicit ColumnSums(int64_t width) : first(width), second(width) {}
 
-    // Adds terms(row, j, count), in E, for all rows and columns.
+    // Adds terms(row, j, count), in E, for all rows and columns of the tile; they are read from `streams`.
     template <class E, class TermsOf, class T, class... More>
-    [[gnu::always_inline]] void add(int64_t rows, int64_t width, TermsOf terms, Stream<T> stream, More... more) {
+    [[gnu::always_inline]] void add(const Tile& tile, TermsOf terms, RowsOf<const T> stream, More... more) {
         over_rows<group_size, line_packs<T>>(
-            rows, width,
-            [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+            tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 Pack<E> a[packs.value], b[packs.value];
                 auto fetch_below = [&](int64_t r) __attribute__((always_inline)) {
                     fetch(stream, r, j);
@@ -94,25 +124,27 @@ private:
     }
     // The line of the next rows below this one, or what lies past the last.
     template <class T>
-    [[gnu::always_inline]] static void fetch(Stream<T> stream, int64_t row, int64_t j) {
-        prefetch(stream.start + (row + group_size) * stream.distance + j);
+    [[gnu::always_inline]] static void fetch(RowsOf<const T> stream, int64_t row, int64_t j) {
+        prefetch(stream.at(row + group_size, j));
     }
 };
 
 // Where the sums of channels start from, for each of their columns: the mean of a channel's first elements.
-template <class T, class E>
-inline std::vector<E> channel_pivots(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s) {
-    std::vector<E> pivots(channels * s);
-    if (s > 1) {
-        for (int64_t c = 0; c < channels; ++c) std::fill_n(pivots.begin() + c * s, s, E(pivot_of(x + c * s, s)));
+template <class E, class T>
+inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
+    const int64_t width = tile.width();
+    std::vector<E> pivots(width);
+    if (tile.s > 1) {
+        for (int64_t j = 0; j < width; j += tile.s)
+            std::fill_n(pivots.begin() + j, tile.s, E(pivot_of(x.at(0, j), tile.s)));
         return pivots;
     }
-    const int64_t number = number_of_pivots(rows);
+    const int64_t number = number_of_pivots(tile.rows);
     const Pack<E> inverse(E(1) / E(number));
-    for (int64_t j = 0; j < channels; j += lanes) {
-        const int64_t count = std::min<int64_t>(lanes, channels - j);
+    for (int64_t j = 0; j < width; j += lanes) {
+        const int64_t count = std::min<int64_t>(lanes, width - j);
         Pack<E> sum(0);
-        for (int64_t row = 0; row < number; ++row) sum = sum + load<E>(x + row * distance + j, count);
+        for (int64_t row = 0; row < number; ++row) sum = sum + load<E>(x.at(row, j), count);
         T stored[lanes];
         store(stored, sum * inverse);  // as T has it: see pivot_of
         store(pivots.data() + j, load<E>(stored), count);
@@ -120,77 +152,75 @@ inline std::vector<E> channel_pivots(const T* x, int64_t distance, int64_t rows,
     return pivots;
 }
 
-// The moments of some channels over a block of rows: element j of channel c in row r is x[r * distance + c * s + j].
-// take(c, moments) is told each channel's.
+// The moments of the tile's channels; take(c, moments) is told each one's.
 //
 // In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at again.
 template <class T, class Take>
-[[gnu::flatten]] void channel_moments(const T* x, int64_t distance, int64_t rows, int64_t channels, int64_t s, Take take) {
+[[gnu::flatten]] void channel_moments(RowsOf<const T> x, const Tile& tile, Take take) {
     using E = Computation<T>;
-    const int64_t width = channels * s;
-    const double n = double(rows * s);
+    const double n = double(tile.rows * tile.s);
     if (n == 0) return;
-    ColumnSums sums(width);
-    const std::vector<E> pivots = channel_pivots<T, E>(x, distance, rows, channels, s);
+    ColumnSums sums(tile.width());
+    const std::vector<E> pivots = channel_pivots<E>(x, tile);
     const E* k = pivots.data();
     sums.add<E>(
-        rows, width,
+        tile,
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
-            const Pack<E> d = first_of(load<E>(x + row * distance + j, count) - load<E>(k + j, count), count);
+            const Pack<E> d = load<E>(x.at(row, j), count) - load<E>(k + j, count);
             return Terms<E>{d, d, d};
         },
-        Stream<T>{x, distance});
-    for (int64_t c = 0; c < channels; ++c) {
-        const T* first = x + c * s;
+        x);
+    for (int64_t c = 0; c < tile.all(); ++c) {
+        const int64_t j = c * tile.s;
         auto runs = [&](auto f) {
-            for (int64_t row = 0; row < rows; ++row) f(first + row * distance, s);
+            for (int64_t row = 0; row < tile.rows; ++row) f(x.at(row, j), tile.s);
         };
-        take(c, moments_by<E>(sums.of(c * s, (c + 1) * s), double(pivots[c * s]), n, first, runs));
+        take(c, moments_by<E>(sums.of(j, j + tile.s), double(pivots[j]), n, x.at(0, j), runs));
     }
 }
 
-// Two sums for each of some channels, as channel_moments: of g, and of g * (x - mean of the channel), where
+// Two sums for each of the tile's channels, as channel_moments: of g, and of g * (x - mean of the channel), where
 // g = gate(dy, row, j, count).
-template <class T, class E, class MeanOf, class Gate, class Take>
+template <class E, class T, class MeanOf, class Gate, class Take>
 [[gnu::flatten]] void channel_sums_in(
-    Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, MeanOf mean_of, Gate gate, Take take) {
-    const int64_t width = channels * s;
-    std::vector<E> means(width);
-    for (int64_t c = 0; c < channels; ++c) std::fill_n(means.begin() + c * s, s, Mean<E>(mean_of(c)).rounded);
+    RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, MeanOf mean_of, Gate gate, Take take) {
+    std::vector<E> means(tile.width());
+    for (int64_t c = 0; c < tile.all(); ++c)
+        std::fill_n(means.begin() + c * tile.s, tile.s, Mean<E>(mean_of(c)).rounded);
     const E* k = means.data();
-    ColumnSums sums(width);
+    ColumnSums sums(tile.width());
     sums.add<E>(
-        rows, width,
+        tile,
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
-            const Pack<E> g = gate(load<E>(dy.start + row * dy.distance + j, count), row, j, count);
-            return Terms<E>{g, g, load_filled<E>(x.start + row * x.distance + j, count) - load<E>(k + j, count)};
+            const Pack<E> g = gate(load<E>(dy.at(row, j), count), row, j, count);
+            return Terms<E>{g, g, load<E>(x.at(row, j), count) - load<E>(k + j, count)};
         },
         dy, x);
-    for (int64_t c = 0; c < channels; ++c) {
-        Sums sum = sums.of(c * s, (c + 1) * s);
+    for (int64_t c = 0; c < tile.all(); ++c) {
+        Sums sum = sums.of(c * tile.s, (c + 1) * tile.s);
         sum.second = Mean<E>(mean_of(c)).constant(sum.first, sum.second);
         take(c, sum);
     }
 }
-// In E where that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one channel
+// In the type that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one channel
 // needs changes no bit of another.
 template <class T, class IsTame, class MeanOf, class Gate, class Take>
-void channel_sums(Stream<T> dy, Stream<T> x, int64_t rows, int64_t channels, int64_t s, IsTame is_tame, MeanOf mean_of,
-                  Gate gate, Take take) {
+void channel_sums(
+    RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTame is_tame, MeanOf mean_of, Gate gate, Take take) {
     using E = Computation<T>;
-    std::vector<Sums> found(channels);
-    std::vector<char> good(channels);
+    std::vector<Sums> found(tile.all());
+    std::vector<char> good(tile.all());
     bool all = true;
-    channel_sums_in<T, E>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, const Sums& sums) {
+    channel_sums_in<E>(dy, x, tile, mean_of, gate, [&](int64_t c, const Sums& sums) {
         found[c] = sums;
         good[c] = is_tame(c) && is_representable<E>(sums);
         all = all && good[c];
     });
     if (!all)
-        channel_sums_in<T, double>(dy, x, rows, channels, s, mean_of, gate, [&](int64_t c, const Sums& sums) {
+        channel_sums_in<double>(dy, x, tile, mean_of, gate, [&](int64_t c, const Sums& sums) {
             if (!good[c]) found[c] = sums;
         });
-    for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
+    for (int64_t c = 0; c < tile.all(); ++c) take(c, found[c]);
 }
 
 // -- writing --------------------------------------------------------------------------------------------------
@@ -215,21 +245,42 @@ private:
     std::vector<E> values_;
 };
 
-// y[row * distance + j] = value(values of column j, row, j, count)
+// The values of the tile's columns, of(channel) for each.
+template <class E, int number, class Of>
+inline ColumnValues<E, number> values_of(const Tile& tile, Of of) {
+    ColumnValues<E, number> values(tile.width());
+    for (int64_t c = 0; c < tile.all(); ++c) {
+        const std::array<double, number> channel = of(tile.channel(c));
+        for (int64_t j = c * tile.s; j < (c + 1) * tile.s; ++j) values.set(j, channel);
+    }
+    return values;
+}
+
+// write(E{}, tile), where E will do for all channels of the tile; else its channels one by one, each as that needs.
+template <class E, class IsTame, class Write>
+inline void computed_by_channel(const Tile& tile, IsTame is_tame, Write write) {
+    bool all = true;
+    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c) all = all && is_tame(c);
+    if (all) return write(E{}, tile);
+    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
+        computed<E>(is_tame(c), [&](auto e) { write(e, Tile{tile.row, tile.rows * tile.repeat, c, 1, tile.s}); });
+}
+
+// y at (row, j) = value(values of column j, row, j, count)
 template <class T, class Values, class Value>
 [[gnu::always_inline]] inline void write_columns(
-    T* y, int64_t distance, int64_t rows, int64_t width, bool streaming, const Values& values, Value value) {
-    const bool stream_all = streaming && to_line(y) == 0 && distance * sizeof(T) % 64 == 0;
+    RowsOf<T> y, const Tile& tile, bool streaming, const Values& values, Value value) {
+    const bool stream_all = streaming && to_line(y.start) == 0 && y.distance * sizeof(T) % 64 == 0;
     auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
         over_rows<at_once.value, line_packs<T>>(
-            rows, width,
+            tile,
             [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 using P = decltype(values.at(j, count));
                 P of[packs.value];
                 for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);
                 for (int k = 0; k < number.value; ++k)
                     for (int p = 0; p < packs.value; ++p) {
-                        T* to = y + (row + k) * distance + j + p * lanes;
+                        T* to = y.at(row + k, j + p * lanes);
                         const auto v = value(of[p], row + k, j + p * lanes, count);
                         if constexpr (streams.value && std::is_same_v<decltype(count), Full>)
                             stream(to, v);
@@ -240,10 +291,11 @@ template <class T, class Values, class Value>
     };
     constexpr std::integral_constant<int, 4> four;
     constexpr std::integral_constant<int, 1> one;
-    if (distance * sizeof(T) % 4096 == 0)  // written by turns they would drive each other from the caches
+    if (y.distance * sizeof(T) % 4096 == 0)  // written by turns they would drive each other from the caches
         stream_all ? write(one, std::true_type{}) : write(one, std::false_type{});
     else
         stream_all ? write(four, std::true_type{}) : write(four, std::false_type{});
+    if (stream_all) finish_streaming();
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -91,7 +91,11 @@ public:
         if (block.capacity < recycled_from) return std::free(block.memory);
         std::lock_guard lock(mutex_);
         if (block.capacity > limit_) return std::free(block.memory);
-        kept_.push_front(block);
+        try {
+            kept_.push_front(block);
+        } catch (const std::bad_alloc&) {  // NumPy, which frees the array, is C
+            return std::free(block.memory);
+        }
         kept_bytes_ += block.capacity;
         trim(limit_);
     }

@@ -21,9 +21,8 @@ public:
     template <class Choose>
     Operands(std::initializer_list<PyArrayObject*> inputs, Choose choose) {
         PyArrayObject* x = *inputs.begin();
-        result_descr_ = PyArray_DESCR(x);
-        Py_INCREF(result_descr_);
-        descr_ = Ref::borrowed(reinterpret_cast<PyObject*>(result_descr_));
+        result_descr_ = Ref::borrowed(reinterpret_cast<PyObject*>(PyArray_DESCR(x)));
+        descr_ = Ref::borrowed(result_descr_.get());
         const std::optional<DType> own = dtype_of(x);
         if (!own) throw Declined{};
         dtype = *own;
@@ -57,8 +56,6 @@ public:
         }
         for (PyArrayObject* input : inputs) tensors_.push_back(input ? read(input, input == x) : Tensor{});
     }
-    ~Operands() { Py_DECREF(result_descr_); }
-
     Operands(const Operands&) = delete;
 
     DType dtype;
@@ -87,9 +84,9 @@ public:
     Ref result(size_t i) {
         Output& o = outputs_[i];
         if (o.given.get() == o.written.get() && o.given) return std::move(o.given);
-        if (!o.given && PyArray_DESCR(o.written.array())->type_num == result_descr_->type_num)
+        if (!o.given && PyArray_DESCR(o.written.array())->type_num == result_descr_.descr()->type_num)
             return std::move(o.written);
-        if (!o.given) return copied_like(o.written.array(), o.written.array(), result_descr_);
+        if (!o.given) return copied_like(o.written.array(), o.written.array(), result_descr_.descr());
         copy_into(o.given.array(), o.written.array());
         return std::move(o.given);
     }
@@ -101,10 +98,10 @@ private:
 
     PyArray_Descr* new_descr() const {
         Py_INCREF(descr_.get());
-        return reinterpret_cast<PyArray_Descr*>(descr_.get());
+        return descr_.descr();
     }
     Ref empty_like() const {
-        return new_like(prototype_.array(), reinterpret_cast<PyArray_Descr*>(descr_.get()), beside_);
+        return new_like(prototype_.array(), descr_.descr(), beside_);
     }
     Tensor read(PyArrayObject* input, bool is_x) {
         if (is_x && x_is_copy_) return *way_.tensor(prototype_.array());
@@ -117,8 +114,7 @@ private:
     }
 
     Way way_{};
-    PyArray_Descr* result_descr_;
-    Ref descr_, prototype_, spare_;
+    Ref result_descr_, descr_, prototype_, spare_;
     std::vector<const void*> beside_;  // the data of all arrays of x's shape
     bool x_is_copy_ = false;
     std::vector<Ref> copies_;

@@ -80,7 +80,7 @@ template <class T, class E>
     const E *weight = affine.weight.data() + column, *bias = affine.bias.data() + column;
     const Mean<E> mean(mean_of(call.mean, row));
     const Pack<E> pivot(mean.rounded), rstd(E(call.rstd[row])), shift(E(mean.constant(call.rstd[row], 0)));
-    write_run(y, length, Writing{call.streaming}, next, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
+    write_run(y, length, call.streaming, next, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
         const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
         return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
     });

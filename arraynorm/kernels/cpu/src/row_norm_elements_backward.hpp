@@ -47,37 +47,17 @@ struct ElementsBackward {
 
     // -- a row's sums
 
-    template <class F>
-    [[gnu::flatten]] Sums part_sums_in(int64_t sample, int64_t column, int64_t part, double row_mean) const {
-        const T *row_dy = call.dy.at<const T>(sample, column), *row_x = call.x.at<const T>(sample, column);
-        const F* row_weight = weight_of<F>(column);
-        const Mean<F> mean(row_mean);
-        const Pack<F> pivot(mean.rounded);
-        Accumulators accumulators;
-        blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) __attribute__((always_inline)) {
-            const T *dy = row_dy + i, *x = row_x + i;
-            const F* w = row_weight + i;
-            accumulators.run(
-                length,
-                [=](int64_t j, auto count) __attribute__((always_inline)) {
-                    const Pack<F> g = load<F>(dy + j, count) * load<F>(w + j, count);
-                    return Terms<F>{g, g, load_filled<F>(x + j, count) - pivot};
-                },
-                dy, x);
-        });
-        Sums sums = accumulators.total();
-        sums.second = mean.constant(sums.first, sums.second);
-        return sums;
-    }
-
     Sums part_sums(int64_t sample, int64_t group, int64_t part) const {
         const int64_t row = sample * rows.groups + group, column = group * rows.channels;
+        const T *dy = call.dy.at<const T>(sample, column), *x = call.x.at<const T>(sample, column);
         const double mean = mean_of(call.mean, row);
-        if (weight.tame() && is_tame<E>(mean, call.rstd[row])) {
-            const Sums sums = part_sums_in<E>(sample, column, part, mean);
-            if (is_representable<E>(sums)) return sums;
-        }
-        return part_sums_in<double>(sample, column, part, mean);
+        return gradient_sums<E>(
+            blocks, part, mean, weight.tame() && is_tame<E>(mean, call.rstd[row]), [&](auto f, int64_t, int64_t i) {
+                const auto* w = weight_of<decltype(f)>(column) + i;
+                return Gradients{dy + i, x + i, [=](auto dy, int64_t j, auto count) __attribute__((always_inline)) {
+                                     return dy * load<decltype(f)>(w + j, count);
+                                 }};
+            });
     }
 
     RowCoefficients coefficients(int64_t sample, int64_t group) const {
@@ -109,7 +89,7 @@ struct ElementsBackward {
 
         template <class Count>
         [[gnu::always_inline]] Pack<F> x_hat(int64_t i, Count count) const {
-            return fma(load_filled<F>(x + i, count) - pivot, rstd, shift);
+            return fma(load<F>(x + i, count) - pivot, rstd, shift);
         }
         template <class Count>
         [[gnu::always_inline]] Pack<F> gradient(Pack<F> of_y, Pack<F> x_hat, const F* weight, Count count) const {
@@ -176,7 +156,7 @@ struct ElementsBackward {
             for (int64_t r = 0; r < number; ++r) {
                 const Row<F> row = some[r];
                 const T* next_x = ahead ? row.x + x_ahead : nullptr;
-                write_run(row.dx, width, Writing{call.streaming}, ahead ? row.dy + ahead * call.dy.sample : nullptr,
+                write_run(row.dx, width, call.streaming, ahead ? row.dy + ahead * call.dy.sample : nullptr,
                           [=](int64_t i, auto count, auto) __attribute__((always_inline)) {
                               if constexpr (std::is_same_v<decltype(count), Full>)
                                   if (next_x) prefetch(next_x + i);

@@ -21,7 +21,7 @@ template <class T, class E>
         const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
         const double of_x = call.rstd[row] * value_or(call.weight, first + run, 1);
         const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, value_or(call.bias, first + run, 0))));
-        write_run(row_y + run * call.y.channel + i, length, Writing{call.streaming}, ahead,
+        write_run(row_y + run * call.y.channel + i, length, call.streaming, ahead,
                   [=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); });
     });
     if (call.streaming) finish_streaming();
@@ -50,37 +50,15 @@ void forward_planes(const RowNormForward& call) {
 // -- backward -------------------------------------------------------------------------------------------------
 
 // The blocks are those of one channel's run.
-template <class T, class E>
-[[gnu::flatten]] Sums channel_part_sums_in(const T* channel_dy, const T* channel_x, double row_mean, const Blocks& blocks,
-                                           int64_t part) {
-    const Mean<E> mean(row_mean);
-    const Pack<E> pivot(mean.rounded);
-    Accumulators accumulators;
-    blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) __attribute__((always_inline)) {
-        const T *dy = channel_dy + i, *x = channel_x + i;
-        accumulators.run(
-            length,
-            [=](int64_t j, auto count) __attribute__((always_inline)) {
-                const Pack<E> g = load<E>(dy + j, count);
-                return Terms<E>{g, g, load_filled<E>(x + j, count) - pivot};
-            },
-            dy, x);
-    });
-    Sums sums = accumulators.total();
-    sums.second = mean.constant(sums.first, sums.second);
-    return sums;
-}
-
 template <class T>
 Sums channel_part_sums(
     const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel, int64_t part) {
     using E = Computation<T>;
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
-    if (is_tame<E>(call.mean[row], call.rstd[row])) {
-        const Sums sums = channel_part_sums_in<T, E>(dy, x, call.mean[row], blocks, part);
-        if (is_representable<E>(sums)) return sums;
-    }
-    return channel_part_sums_in<T, double>(dy, x, call.mean[row], blocks, part);
+    return gradient_sums<E>(
+        blocks, part, call.mean[row], is_tame<E>(call.mean[row], call.rstd[row]), [=](auto, int64_t, int64_t i) {
+            return Gradients{dy + i, x + i, [](auto dy, int64_t, auto) __attribute__((always_inline)) { return dy; }};
+        });
 }
 
 // `next` is the channel, counted over all samples, that this thread does next; perhaps the same.
@@ -96,7 +74,7 @@ template <class T, class E>
         constant(E(mean.constant(k.of_deviation(), k.constant)));
     blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) {
         const T *dy = all_dy + i, *x = all_x + i;
-        write_run(call.dx.at<T>(sample, channel) + i, length, Writing{call.streaming}, dy_ahead ? dy + dy_ahead : nullptr,
+        write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, dy_ahead ? dy + dy_ahead : nullptr,
                   [=](int64_t j, auto count, auto) {
                       if constexpr (std::is_same_v<decltype(count), Full>)
                           if (x_ahead) prefetch(x + x_ahead + j);

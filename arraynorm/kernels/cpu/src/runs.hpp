@@ -285,22 +285,17 @@ inline int64_t to_line(const T* p) {
     return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) % 64 / sizeof(T);
 }
 
-// How results reach memory.
-struct Writing {
-    bool streaming;  // around the cache: where input and output exceed it, for then a cached store reads what it replaces
-};
-
-// y[i] = value(i, count, streams) for i in [0, n); `streams` tells whether y's elements go around the cache. `ahead`, which
-// may be null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
+// y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it, for
+// then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
 // memory busy.
 template <class T, class Value>
-[[gnu::always_inline]] inline void write_run(T* y, int64_t n, Writing how, const void* ahead, Value value) {
+[[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const void* ahead, Value value) {
     constexpr int64_t line = 64 / sizeof(T), packs = line / lanes;
     constexpr std::true_type streams;
     constexpr std::false_type stays;
     const char* next = static_cast<const char*>(ahead);
     int64_t i = 0;
-    if (how.streaming && n >= 4 * line) {
+    if (streaming && n >= 4 * line) {
         for (const int64_t head = to_line(y); i < head;) {
             const int64_t count = std::min<int64_t>(lanes, head - i);
             store(y + i, value(i, count, stays), count);
