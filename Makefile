@@ -1,6 +1,6 @@
 # make demo     train on scikit-learn's digits, then the same under MPI with uneven shards
 # make test     run the tests against the installed package
-# make lint     ruff, mypy, the import rules
+# make lint     ruff, clang-format, mypy, the import rules
 # make openmpi  what `make test` runs under mpiexec with MPICH, with Open MPI
 # make mpi      what runs under mpiexec, all of it, with MPICH and then with Open MPI
 # make fault-table   write down what `make mpi` has found: benchmarks/results/fault_table.json, docs/faults.md
@@ -41,6 +41,7 @@ test: .venv/test/installed
 lint: .venv/dev/installed
 	.venv/dev/bin/ruff check .
 	.venv/dev/bin/ruff format --check .
+	.venv/dev/bin/clang-format --dry-run -Werror arraynorm/kernels/cpu/src/*.?pp
 	.venv/dev/bin/mypy
 	.venv/dev/bin/lint-imports
 

@@ -66,9 +66,9 @@ public:
         try {
             PyEval_RestoreThread(state_);
         } catch (...) {
-            // A daemon thread, while the interpreter ends. Before 3.14 Python exits it here, which unwinds the stack: out of
-            // a destructor that is the end of the process, and further up references would be given back without the
-            // lock. So it waits for that end, as Python itself makes it do from 3.14 on.
+            // A daemon thread, while the interpreter ends. Before 3.14 Python exits it here, which unwinds the stack:
+            // out of a destructor that is the end of the process, and further up references would be given back without
+            // the lock. So it waits for that end, as Python itself makes it do from 3.14 on.
             for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
         }
     }
@@ -94,15 +94,15 @@ Ref new_array(std::initializer_list<npy_intp> shape, int type_number);
 Ref new_zeros(npy_intp size, int type_number);
 // In the prototype's order of strides; to be written while `read_beside` are read.
 Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, const std::vector<const void*>& read_beside);
-Ref new_vector(npy_intp size, double*& data);                  // float64
+Ref new_vector(npy_intp size, double*& data);  // float64
 
 // Copies with a cast.
 Ref copied_like(PyArrayObject* prototype, PyArrayObject* source, PyArray_Descr* descr);
 void copy_into(PyArrayObject* target, PyArrayObject* source);
 
-// Whether results should bypass the cache: input and output together exceed a quarter of the last level. With more than that
-// a store most often waits for the memory that it replaces: other programs, and what the caller does in between, have their
-// shares of the cache too.
+// Whether results should bypass the cache: input and output together exceed a quarter of the last level. With more than
+// that a store most often waits for the memory that it replaces: other programs, and what the caller does in between,
+// have their shares of the cache too.
 bool exceeds_cache(int64_t bytes);
 
 PyObject* not_implemented();

@@ -1,8 +1,8 @@
 // Batch norm over a volume (N, C, S), alone or with addend and ReLU. The formulas are those of reference/batch_norm.py
 // and reference/batch_norm_add_relu.py.
 //
-// How sums are cut up depends on the volume and the strides of inputs alone: which thread takes what, where results go, and
-// whether statistics and results come in one call or in two, changes no bit.
+// How sums are cut up depends on the volume and the strides of inputs alone: which thread takes what, where results go,
+// and whether statistics and results come in one call or in two, changes no bit.
 #pragma once
 
 #include "calls.hpp"
@@ -11,8 +11,8 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-// The type that maps are computed in. Ranks that hold parts of a batch agree with the whole to an ulp, for float32 results
-// are right to half of one; for large arrays memory takes longer than that arithmetic.
+// The type that maps are computed in. Ranks that hold parts of a batch agree with the whole to an ulp, for float32
+// results are right to half of one; for large arrays memory takes longer than that arithmetic.
 template <class T>
 using Mapping = std::conditional_t<sizeof(T) == 2, float, double>;
 

@@ -76,8 +76,14 @@ PyObject* batch_norm_stats(Arguments a) {
 
 PyObject* batch_norm_apply(Arguments a) {
     return or_decline([&] {
-        return forward({.x = as_array(a[0]), .mean = as_array(a[1]), .rstd = as_array(a[2]), .weight = as_array(a[3]),
-                        .bias = as_array(a[4]), .out = as_array(a[5])}, true).y.release();
+        return forward({.x = as_array(a[0]),
+                        .mean = as_array(a[1]),
+                        .rstd = as_array(a[2]),
+                        .weight = as_array(a[3]),
+                        .bias = as_array(a[4]),
+                        .out = as_array(a[5])},
+                       true)
+            .y.release();
     });
 }
 
@@ -85,16 +91,23 @@ PyObject* batch_norm_forward(Arguments a) {
     return or_decline([&] {
         PyArrayObject* x = as_array(a[0]);
         ForwardResult r = forward(
-            {.x = x, .weight = as_array(a[1]), .bias = as_array(a[2]), .out = as_array(a[4]), .eps = as_double(a[3])}, true);
+            {.x = x, .weight = as_array(a[1]), .bias = as_array(a[2]), .out = as_array(a[4]), .eps = as_double(a[3])},
+            true);
         return tuple({r.y.release(), r.mean.release(), variance(std::move(r.m2), x).release(), r.rstd.release()});
     });
 }
 
 PyObject* batch_norm_add_relu_apply(Arguments a) {
     return or_decline([&] {
-        ForwardResult r = forward(
-            {.x = as_array(a[0]), .addend = as_array(a[1]), .mean = as_array(a[2]), .rstd = as_array(a[3]),
-             .weight = as_array(a[4]), .bias = as_array(a[5]), .out = as_array(a[6]), .with_relu = true}, true);
+        ForwardResult r = forward({.x = as_array(a[0]),
+                                   .addend = as_array(a[1]),
+                                   .mean = as_array(a[2]),
+                                   .rstd = as_array(a[3]),
+                                   .weight = as_array(a[4]),
+                                   .bias = as_array(a[5]),
+                                   .out = as_array(a[6]),
+                                   .with_relu = true},
+                                  true);
         return tuple({r.y.release(), r.mask.release()});
     });
 }
@@ -102,8 +115,14 @@ PyObject* batch_norm_add_relu_apply(Arguments a) {
 PyObject* batch_norm_add_relu_forward(Arguments a) {
     return or_decline([&] {
         PyArrayObject* x = as_array(a[0]);
-        ForwardResult r = forward({.x = x, .addend = as_array(a[1]), .weight = as_array(a[2]), .bias = as_array(a[3]),
-                                   .out = as_array(a[5]), .eps = as_double(a[4]), .with_relu = true}, true);
+        ForwardResult r = forward({.x = x,
+                                   .addend = as_array(a[1]),
+                                   .weight = as_array(a[2]),
+                                   .bias = as_array(a[3]),
+                                   .out = as_array(a[5]),
+                                   .eps = as_double(a[4]),
+                                   .with_relu = true},
+                                  true);
         return tuple({r.y.release(), r.mask.release(), r.mean.release(), variance(std::move(r.m2), x).release(),
                       r.rstd.release()});
     });
@@ -161,60 +180,96 @@ BackwardResult backward(const BackwardArguments& a) {
 
 PyObject* batch_norm_backward_reduce(Arguments a) {
     return or_decline([&] {
-        BackwardResult r = backward({.dy = as_array(a[0]), .x = as_array(a[1]), .mean = as_array(a[2]),
-                                     .rstd = as_array(a[3]), .reduces = true});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .x = as_array(a[1]),
+                                     .mean = as_array(a[2]),
+                                     .rstd = as_array(a[3]),
+                                     .reduces = true});
         return tuple({r.dbias.release(), r.dweight.release()});
     });
 }
 
 PyObject* batch_norm_backward_apply(Arguments a) {
     return or_decline([&] {
-        return backward({.dy = as_array(a[0]), .x = as_array(a[1]), .mean = as_array(a[2]), .rstd = as_array(a[3]),
-                         .weight = as_array(a[4]), .mean_dy = as_array(a[5]), .mean_dy_x_hat = as_array(a[6]),
-                         .out = as_array(a[7]), .writes = true}).dx.release();
+        return backward({.dy = as_array(a[0]),
+                         .x = as_array(a[1]),
+                         .mean = as_array(a[2]),
+                         .rstd = as_array(a[3]),
+                         .weight = as_array(a[4]),
+                         .mean_dy = as_array(a[5]),
+                         .mean_dy_x_hat = as_array(a[6]),
+                         .out = as_array(a[7]),
+                         .writes = true})
+            .dx.release();
     });
 }
 
 PyObject* batch_norm_frozen_backward_apply(Arguments a) {
     return or_decline([&] {
-        return backward({.dy = as_array(a[0]), .x = as_array(a[1]), .rstd = as_array(a[2]), .weight = as_array(a[3]),
-                         .out = as_array(a[4]), .writes = true}).dx.release();
+        return backward({.dy = as_array(a[0]),
+                         .x = as_array(a[1]),
+                         .rstd = as_array(a[2]),
+                         .weight = as_array(a[3]),
+                         .out = as_array(a[4]),
+                         .writes = true})
+            .dx.release();
     });
 }
 
 PyObject* batch_norm_backward(Arguments a) {
     return or_decline([&] {
-        BackwardResult r =
-            backward({.dy = as_array(a[0]), .x = as_array(a[1]), .mean = as_array(a[2]), .rstd = as_array(a[3]),
-                      .weight = as_array(a[4]), .out = as_array(a[5]), .reduces = true, .writes = true});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .x = as_array(a[1]),
+                                     .mean = as_array(a[2]),
+                                     .rstd = as_array(a[3]),
+                                     .weight = as_array(a[4]),
+                                     .out = as_array(a[5]),
+                                     .reduces = true,
+                                     .writes = true});
         return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
     });
 }
 
 PyObject* batch_norm_add_relu_backward_reduce(Arguments a) {
     return or_decline([&] {
-        BackwardResult r = backward({.dy = as_array(a[0]), .mask = as_array(a[1]), .x = as_array(a[2]),
-                                     .mean = as_array(a[3]), .rstd = as_array(a[4]), .reduces = true});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .mask = as_array(a[1]),
+                                     .x = as_array(a[2]),
+                                     .mean = as_array(a[3]),
+                                     .rstd = as_array(a[4]),
+                                     .reduces = true});
         return tuple({r.dbias.release(), r.dweight.release()});
     });
 }
 
 PyObject* batch_norm_add_relu_backward_apply(Arguments a) {
     return or_decline([&] {
-        BackwardResult r =
-            backward({.dy = as_array(a[0]), .mask = as_array(a[1]), .x = as_array(a[2]), .mean = as_array(a[3]),
-                      .rstd = as_array(a[4]), .weight = as_array(a[5]), .mean_dy = as_array(a[6]),
-                      .mean_dy_x_hat = as_array(a[7]), .out = as_array(a[9]), .out_addend = as_array(a[10]),
-                      .with_addend = PyObject_IsTrue(a[8]) == 1, .writes = true});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .mask = as_array(a[1]),
+                                     .x = as_array(a[2]),
+                                     .mean = as_array(a[3]),
+                                     .rstd = as_array(a[4]),
+                                     .weight = as_array(a[5]),
+                                     .mean_dy = as_array(a[6]),
+                                     .mean_dy_x_hat = as_array(a[7]),
+                                     .out = as_array(a[9]),
+                                     .out_addend = as_array(a[10]),
+                                     .with_addend = PyObject_IsTrue(a[8]) == 1,
+                                     .writes = true});
         return tuple({r.dx.release(), r.daddend.release()});
     });
 }
 
 PyObject* batch_norm_add_relu_frozen_backward_apply(Arguments a) {
     return or_decline([&] {
-        BackwardResult r = backward({.dy = as_array(a[0]), .mask = as_array(a[1]), .x = as_array(a[2]),
-                                     .rstd = as_array(a[3]), .weight = as_array(a[4]), .out = as_array(a[6]),
-                                     .out_addend = as_array(a[7]), .with_addend = PyObject_IsTrue(a[5]) == 1,
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .mask = as_array(a[1]),
+                                     .x = as_array(a[2]),
+                                     .rstd = as_array(a[3]),
+                                     .weight = as_array(a[4]),
+                                     .out = as_array(a[6]),
+                                     .out_addend = as_array(a[7]),
+                                     .with_addend = PyObject_IsTrue(a[5]) == 1,
                                      .writes = true});
         return tuple({r.dx.release(), r.daddend.release()});
     });
@@ -222,11 +277,17 @@ PyObject* batch_norm_add_relu_frozen_backward_apply(Arguments a) {
 
 PyObject* batch_norm_add_relu_backward(Arguments a) {
     return or_decline([&] {
-        BackwardResult r =
-            backward({.dy = as_array(a[0]), .mask = as_array(a[1]), .x = as_array(a[2]), .mean = as_array(a[3]),
-                      .rstd = as_array(a[4]), .weight = as_array(a[5]), .out = as_array(a[7]),
-                      .out_addend = as_array(a[8]), .with_addend = PyObject_IsTrue(a[6]) == 1, .reduces = true,
-                      .writes = true});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .mask = as_array(a[1]),
+                                     .x = as_array(a[2]),
+                                     .mean = as_array(a[3]),
+                                     .rstd = as_array(a[4]),
+                                     .weight = as_array(a[5]),
+                                     .out = as_array(a[7]),
+                                     .out_addend = as_array(a[8]),
+                                     .with_addend = PyObject_IsTrue(a[6]) == 1,
+                                     .reduces = true,
+                                     .writes = true});
         return tuple({r.dx.release(), r.daddend.release(), r.dweight.release(), r.dbias.release()});
     });
 }
@@ -236,21 +297,18 @@ PyObject* batch_norm_add_relu_backward(Arguments a) {
 PyMethodDef batch_norm_methods[] = {
     function<1, batch_norm_stats>("batch_norm_stats", SIGNATURE(batch_norm_stats, "x")),
     function<6, batch_norm_apply>("batch_norm_apply", SIGNATURE(batch_norm_apply, "x, mean, rstd, weight, bias, out")),
-    function<5, batch_norm_forward>(
-        "batch_norm_forward", SIGNATURE(batch_norm_forward, "x, weight, bias, eps, out")),
-    function<4, batch_norm_backward_reduce>(
-        "batch_norm_backward_reduce", SIGNATURE(batch_norm_backward_reduce, "dy, x, mean, rstd")),
+    function<5, batch_norm_forward>("batch_norm_forward", SIGNATURE(batch_norm_forward, "x, weight, bias, eps, out")),
+    function<4, batch_norm_backward_reduce>("batch_norm_backward_reduce",
+                                            SIGNATURE(batch_norm_backward_reduce, "dy, x, mean, rstd")),
     function<8, batch_norm_backward_apply>(
         "batch_norm_backward_apply",
         SIGNATURE(batch_norm_backward_apply, "dy, x, mean, rstd, weight, mean_dy, mean_dy_x_hat, out")),
     function<5, batch_norm_frozen_backward_apply>(
-        "batch_norm_frozen_backward_apply",
-        SIGNATURE(batch_norm_frozen_backward_apply, "dy, x, rstd, weight, out")),
-    function<6, batch_norm_backward>(
-        "batch_norm_backward", SIGNATURE(batch_norm_backward, "dy, x, mean, rstd, weight, out")),
+        "batch_norm_frozen_backward_apply", SIGNATURE(batch_norm_frozen_backward_apply, "dy, x, rstd, weight, out")),
+    function<6, batch_norm_backward>("batch_norm_backward",
+                                     SIGNATURE(batch_norm_backward, "dy, x, mean, rstd, weight, out")),
     function<7, batch_norm_add_relu_apply>(
-        "batch_norm_add_relu_apply",
-        SIGNATURE(batch_norm_add_relu_apply, "x, addend, mean, rstd, weight, bias, out")),
+        "batch_norm_add_relu_apply", SIGNATURE(batch_norm_add_relu_apply, "x, addend, mean, rstd, weight, bias, out")),
     function<6, batch_norm_add_relu_forward>(
         "batch_norm_add_relu_forward", SIGNATURE(batch_norm_add_relu_forward, "x, addend, weight, bias, eps, out")),
     function<5, batch_norm_add_relu_backward_reduce>(

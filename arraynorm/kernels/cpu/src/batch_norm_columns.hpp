@@ -8,8 +8,8 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-// How the matrix of a volume is cut: by channels where a few of them fit the second-level cache with all their rows, and
-// are then looked at twice for the price of once; else by rows.
+// How the matrix of a volume is cut: by channels where a few of them fit the second-level cache with all their rows,
+// and are then looked at twice for the price of once; else by rows.
 struct Tiles {
     int64_t rows, channels, s;
     int64_t channels_per_tile = 0;  // 0: cut by rows
@@ -36,8 +36,8 @@ struct Tiles {
 
 // Reduces all channels, keeps their sums, and then writes.
 //
-// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile). What is `read` and what is `written` are
-// arrays in the shape of x; how sums are cut must not depend on where results go.
+// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile). What is `read` and what is `written`
+// are arrays in the shape of x; how sums are cut must not depend on where results go.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tensor> read,
                        std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Keep keep,
@@ -183,8 +183,8 @@ void backward_columns(const BatchNormBackward& call) {
     using E = Mapping<T>;
     const Volume& v = call.volume;
     over_tiles<Sums>(
-        Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces, call.writes,
-        [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
+        Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces,
+        call.writes, [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
         [&](const Tile& tile) {
             computed_by_channel<E>(

@@ -1,7 +1,7 @@
 // Batch norm where the elements of a channel are runs of S adjacent ones.
 //
-// One channel after the other while it sits in the second-level cache: the second look at it costs no memory traffic. Where
-// nothing is summed there is no second look, and memory is walked as it lies.
+// One channel after the other while it sits in the second-level cache: the second look at it costs no memory traffic.
+// Where nothing is summed there is no second look, and memory is walked as it lies.
 #pragma once
 
 #include "batch_norm.hpp"
@@ -35,9 +35,8 @@ inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write writ
 template <class T>
 Moments part_moments(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part) {
     return moments_of<T>([&](auto f) __attribute__((always_inline)) {
-        blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) __attribute__((always_inline)) {
-            f(call.x.at<const T>(n, c) + i, length);
-        });
+        blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length)
+                                   __attribute__((always_inline)) { f(call.x.at<const T>(n, c) + i, length); });
     });
 }
 
@@ -62,7 +61,9 @@ struct ForwardPlane {
         T* y = call.y.at<T>(n, c) + i;
         const Pack<E> k = pivot, a = scale, b = shift;
         auto affine = [=](int64_t j, auto count) { return fma(load<E>(x + j, count) - k, a, b); };
-        if (!call.mask) return write_run(y, length, call.streaming, next, [=](int64_t j, auto count, auto) { return affine(j, count); });
+        if (!call.mask)
+            return write_run(y, length, call.streaming, next,
+                             [=](int64_t j, auto count, auto) { return affine(j, count); });
         MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
         auto gated = [&](Pack<E> v, auto count) {
             mask.put(positive<T>(v), count);
@@ -117,7 +118,8 @@ Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, i
         blocks, part, call.mean[c], is_tame<E>(call.mean[c], call.rstd[c]), [&](auto, int64_t n, int64_t i) {
             const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
             return Gradients{call.dy.at<const T>(n, c) + i, call.x.at<const T>(n, c) + i,
-                             [=](auto dy, int64_t j, auto count) __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
+                             [=](auto dy, int64_t j, auto count)
+                                 __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
         });
 }
 

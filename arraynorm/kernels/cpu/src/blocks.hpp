@@ -15,7 +15,9 @@ struct Blocks {
     int64_t runs, run_size, pieces, runs_per_block, count;
 
     Blocks(int64_t runs, int64_t run_size)
-        : runs(runs), run_size(run_size), pieces(std::max<int64_t>(1, (run_size + chunk_size - 1) / chunk_size)),
+        : runs(runs),
+          run_size(run_size),
+          pieces(std::max<int64_t>(1, (run_size + chunk_size - 1) / chunk_size)),
           runs_per_block(std::max<int64_t>(1, chunk_size / std::max<int64_t>(1, run_size))),
           count(pieces > 1 ? runs * pieces : (runs + runs_per_block - 1) / runs_per_block) {}
 
@@ -73,8 +75,8 @@ template <class E, class Open>
     return sums;
 }
 
-// Sums of g and of g * (x - mean) over a part of a set; open(e, run, i) gives the Gradients, in e's type, from element i of
-// a run. In E where it is `tame` and the sums are what they should be, else in double.
+// Sums of g and of g * (x - mean) over a part of a set; open(e, run, i) gives the Gradients, in e's type, from element
+// i of a run. In E where it is `tame` and the sums are what they should be, else in double.
 template <class E, class Open>
 inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool tame, const Open& open) {
     if (tame) {

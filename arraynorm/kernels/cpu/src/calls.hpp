@@ -12,7 +12,8 @@ namespace arraynorm {
 struct Volume {
     enum class Layout {
         planes,   // S adjacent elements of one channel at a time; samples and channels at any distance
-        columns,  // rows of C * S adjacent elements: channels last, two-dimensional, or S so small that a plane is no run
+        columns,  // rows of C * S adjacent elements: channels last, two-dimensional, or S so small that a plane is no
+                  // run
     };
     Layout layout;
     int64_t n, c, s;
@@ -23,9 +24,11 @@ struct Volume {
 // The rows of layer, RMS, group and instance norm: one for each group of channels of each sample.
 struct Rows {
     enum class Layout {
-        elements,  // a row is `channels` adjacent elements, each with parameters of its own; rows of a sample are adjacent
+        elements,  // a row is `channels` adjacent elements, each with parameters of its own; rows of a sample are
+                   // adjacent
         planes,    // a row is `channels` runs of `size` adjacent elements
-        columns,   // a sample is a matrix, `lines` lines of groups * channels * size adjacent elements; a row some columns
+        columns,   // a sample is a matrix, `lines` lines of groups * channels * size adjacent elements; a row some
+                   // columns
     };
     Layout layout;
     int64_t samples, groups, channels, size, lines;  // channels of a group
@@ -35,8 +38,8 @@ struct Rows {
     int64_t elements() const { return count() * row_size(); }
 };
 
-// An array seen as a volume or as rows; distances in elements. `channel` is that of runs: of a volume's planes or a row's,
-// 1 for elements, s for a volume's columns, and that of lines for a row's columns.
+// An array seen as a volume or as rows; distances in elements. `channel` is that of runs: of a volume's planes or a
+// row's, 1 for elements, s for a volume's columns, and that of lines for a row's columns.
 struct Tensor {
     void* data = nullptr;
     int64_t sample = 0, channel = 0;
@@ -52,7 +55,7 @@ struct BatchNormForward {
     DType dtype;
     Volume volume;
     Tensor x, y, addend;
-    uint8_t* mask;               // with it: add the addend, if there is one, apply ReLU, and keep where the result is > 0
+    uint8_t* mask;  // with it: add the addend, if there is one, apply ReLU, and keep where the result is > 0
     const double *weight, *bias;  // (C,) or null
     double eps;
     double *mean, *m2, *rstd;  // (C,)
@@ -68,10 +71,10 @@ struct BatchNormBackward {
     const uint8_t* mask;   // with it: dy counts where its bit is set
     const double* weight;  // (C,) or null
     const double *mean, *rstd;
-    double *dbias, *dweight;              // (C,) sums of dy and dy * x_hat
-    double *mean_dy, *mean_dy_x_hat;      // (C,) or null: statistics that do not depend on x
-    bool reduces;                         // compute the sums, and, where there are means and dx, those
-    bool writes;                          // compute dx
+    double *dbias, *dweight;          // (C,) sums of dy and dy * x_hat
+    double *mean_dy, *mean_dy_x_hat;  // (C,) or null: statistics that do not depend on x
+    bool reduces;                     // compute the sums, and, where there are means and dx, those
+    bool writes;                      // compute dx
     bool streaming;
 };
 
@@ -89,9 +92,9 @@ struct RowNormBackward {
     DType dtype;
     Rows rows;
     Tensor dy, x, dx;
-    const double* weight;         // a value per parameter, or null
-    const double *mean, *rstd;    // a value per row; no mean for RMS norm
-    double *dweight, *dbias;      // a value per parameter; for RMS norm dbias is scratch
+    const double* weight;       // a value per parameter, or null
+    const double *mean, *rstd;  // a value per row; no mean for RMS norm
+    double *dweight, *dbias;    // a value per parameter; for RMS norm dbias is scratch
     bool streaming;
 };
 

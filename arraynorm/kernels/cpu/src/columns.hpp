@@ -1,7 +1,7 @@
 // A matrix whose columns are summed: rows of adjacent elements, of which S to a channel lie side by side.
 //
-// Some rows at a time, so that a column's sums and parameters are loaded and stored once for many elements; and a cache line
-// of a row at a time, since rows that lie a multiple of 4 KiB apart share their places in the cache.
+// Some rows at a time, so that a column's sums and parameters are loaded and stored once for many elements; and a cache
+// line of a row at a time, since rows that lie a multiple of 4 KiB apart share their places in the cache.
 #pragma once
 
 #include <array>
@@ -23,8 +23,8 @@ struct Tile {
     int64_t width() const { return all() * s; }
     int64_t channel(int64_t c) const { return first + c % channels; }
 
-    // visit(tile) for all of this one, whose rows are those of memory, `distance` apart. A few columns alone would not fill
-    // a pack: of adjacent rows 64 are taken as one.
+    // visit(tile) for all of this one, whose rows are those of memory, `distance` apart. A few columns alone would not
+    // fill a pack: of adjacent rows 64 are taken as one.
     template <class Visit>
     void widened(int64_t distance, Visit visit) const {
         const int64_t number = distance == width() && width() < 64 && rows >= 64 ? 64 : 1, whole = rows / number;
@@ -34,7 +34,7 @@ struct Tile {
 };
 
 // A distance in all of the arrays that there are, or 0 where they differ.
-inline int64_t common(int64_t Tensor::*distance, std::initializer_list<Tensor> arrays) {
+inline int64_t common(int64_t Tensor::* distance, std::initializer_list<Tensor> arrays) {
     std::optional<int64_t> found;
     for (const Tensor& array : arrays) {
         if (!array) continue;
@@ -53,8 +53,8 @@ struct RowsOf {
     T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
 };
 
-// step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first of
-// `most` rows at a time. Both numbers are constants.
+// step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first
+// of `most` rows at a time. Both numbers are constants.
 template <int most, int packs, class Step>
 [[gnu::always_inline]] inline void over_rows(const Tile& tile, Step step) {
     const int64_t width = tile.width();
@@ -154,7 +154,8 @@ inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
 
 // The moments of the tile's channels; take(c, moments) is told each one's.
 //
-// In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at again.
+// In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at
+// again.
 template <class T, class Take>
 [[gnu::flatten]] void channel_moments(RowsOf<const T> x, const Tile& tile, Take take) {
     using E = Computation<T>;
@@ -182,8 +183,8 @@ template <class T, class Take>
 // Two sums for each of the tile's channels, as channel_moments: of g, and of g * (x - mean of the channel), where
 // g = gate(dy, row, j, count).
 template <class E, class T, class MeanOf, class Gate, class Take>
-[[gnu::flatten]] void channel_sums_in(
-    RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, MeanOf mean_of, Gate gate, Take take) {
+[[gnu::flatten]] void channel_sums_in(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, MeanOf mean_of,
+                                      Gate gate, Take take) {
     std::vector<E> means(tile.width());
     for (int64_t c = 0; c < tile.all(); ++c)
         std::fill_n(means.begin() + c * tile.s, tile.s, Mean<E>(mean_of(c)).rounded);
@@ -202,11 +203,11 @@ template <class E, class T, class MeanOf, class Gate, class Take>
         take(c, sum);
     }
 }
-// In the type that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one channel
-// needs changes no bit of another.
+// In the type that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one
+// channel needs changes no bit of another.
 template <class T, class IsTame, class MeanOf, class Gate, class Take>
-void channel_sums(
-    RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTame is_tame, MeanOf mean_of, Gate gate, Take take) {
+void channel_sums(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTame is_tame, MeanOf mean_of, Gate gate,
+                  Take take) {
     using E = Computation<T>;
     std::vector<Sums> found(tile.all());
     std::vector<char> good(tile.all());
@@ -268,13 +269,12 @@ inline void computed_by_channel(const Tile& tile, IsTame is_tame, Write write) {
 
 // y at (row, j) = value(values of column j, row, j, count)
 template <class T, class Values, class Value>
-[[gnu::always_inline]] inline void write_columns(
-    RowsOf<T> y, const Tile& tile, bool streaming, const Values& values, Value value) {
+[[gnu::always_inline]] inline void write_columns(RowsOf<T> y, const Tile& tile, bool streaming, const Values& values,
+                                                 Value value) {
     const bool stream_all = streaming && to_line(y.start) == 0 && y.distance * sizeof(T) % 64 == 0;
     auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
         over_rows<at_once.value, line_packs<T>>(
-            tile,
-            [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+            tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 using P = decltype(values.at(j, count));
                 P of[packs.value];
                 for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);

@@ -1,8 +1,9 @@
 // Public calls on plain arrays in one step: the checks, the walk and the kernel.
 //
-// A layer of a thousand numbers is computed in less than a microsecond, and a check in Python takes a tenth of one. So the
-// functional layer asks here first. Whatever is not plain (another type, strides, something wrong) is answered with None,
-// and is then checked, refused in words, or computed step by step. Nothing is decided here but that a call is in order.
+// A layer of a thousand numbers is computed in less than a microsecond, and a check in Python takes a tenth of one. So
+// the functional layer asks here first. Whatever is not plain (another type, strides, something wrong) is answered with
+// None, and is then checked, refused in words, or computed step by step. Nothing is decided here but that a call is in
+// order.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -131,9 +132,7 @@ PyObject* gradient(PyArrayObject* parameter, const std::vector<double>& sums, bo
 struct Channels {
     int axis;
     Volume volume;
-    Tensor tensor(PyArrayObject* array) const {
-        return {PyArray_DATA(array), volume.c * volume.s, volume.s};
-    }
+    Tensor tensor(PyArrayObject* array) const { return {PyArray_DATA(array), volume.c * volume.s, volume.s}; }
 };
 
 Channels channels_of(PyArrayObject* x, PyObject* axis_argument) {
@@ -151,7 +150,8 @@ PyObject* batch_norm_forward(Arguments a) {
     return or_none([&] {
         PyArrayObject* x = plain_array(a[0]);
         const Channels channels = channels_of(x, a[3]);
-        PyArrayObject *weight = plain_parameter(a[1], x, channels.axis, 1), *bias = plain_parameter(a[2], x, channels.axis, 1);
+        PyArrayObject *weight = plain_parameter(a[1], x, channels.axis, 1),
+                      *bias = plain_parameter(a[2], x, channels.axis, 1);
         const Doubles weights(weight), biases(bias);
         BatchNormForward call{};
         call.dtype = *dtype_of(x);
@@ -182,7 +182,8 @@ PyObject* batch_norm_backward(Arguments a) {
         PyArrayObject *x = plain_array(a[1]), *dy = plain_like(a[0], x);
         const Channels channels = channels_of(x, a[6]);
         const npy_intp c = PyArray_DIM(x, channels.axis);
-        PyArrayObject *weight = plain_parameter(a[2], x, channels.axis, 1), *bias = plain_parameter(a[3], x, channels.axis, 1);
+        PyArrayObject *weight = plain_parameter(a[2], x, channels.axis, 1),
+                      *bias = plain_parameter(a[3], x, channels.axis, 1);
         const Doubles weights(weight);
         std::vector<double> dweight(c), dbias(c), mean_dy(c), mean_dy_x_hat(c);
         BatchNormBackward call{};
@@ -316,8 +317,8 @@ PyMethodDef direct_methods[] = {
     function<5, batch_norm_forward>("direct_batch_norm_forward", DOC("x, weight, bias, axis, eps")),
     function<7, batch_norm_backward>("direct_batch_norm_backward", DOC("dy, x, weight, bias, mean, rstd, axis")),
     function<5, layer_norm_forward>("direct_layer_norm_forward", DOC("x, normalized_shape, weight, bias, eps")),
-    function<7, layer_norm_backward>(
-        "direct_layer_norm_backward", DOC("dy, x, weight, bias, mean, rstd, normalized_shape")),
+    function<7, layer_norm_backward>("direct_layer_norm_backward",
+                                     DOC("dy, x, weight, bias, mean, rstd, normalized_shape")),
     function<4, rms_norm_forward>("direct_rms_norm_forward", DOC("x, normalized_shape, weight, eps")),
     function<5, rms_norm_backward>("direct_rms_norm_backward", DOC("dy, x, weight, rstd, normalized_shape")),
     {},

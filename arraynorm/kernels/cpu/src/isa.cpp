@@ -18,12 +18,8 @@ void quantized_batch_norm(const QuantizedBatchNorm&);
 
 const Kernels& ARRAYNORM_TABLE_NAME(ARRAYNORM_ISA)() {
     static const Kernels kernels{
-        ARRAYNORM_STRING(ARRAYNORM_ISA),
-        ARRAYNORM_ISA::batch_norm_forward,
-        ARRAYNORM_ISA::batch_norm_backward,
-        ARRAYNORM_ISA::row_norm_forward,
-        ARRAYNORM_ISA::row_norm_backward,
-        ARRAYNORM_ISA::quantized_batch_norm,
+        ARRAYNORM_STRING(ARRAYNORM_ISA), ARRAYNORM_ISA::batch_norm_forward, ARRAYNORM_ISA::batch_norm_backward,
+        ARRAYNORM_ISA::row_norm_forward, ARRAYNORM_ISA::row_norm_backward,  ARRAYNORM_ISA::quantized_batch_norm,
     };
     return kernels;
 }

@@ -41,9 +41,9 @@ Header* header_of(void* data) { return static_cast<Header*>(data) - 1; }
 
 thread_local const std::vector<const void*>* read_beside = nullptr;
 
-// Bytes into a page at which a block is written fastest. A load waits for a store that has not left the processor yet if
-// their addresses agree in the last 12 bits. A loop that reads x and writes y runs about 1 KiB ahead with its loads: y
-// should not begin that little behind where x does, within a page. Loops took up to twice as long there.
+// Bytes into a page at which a block is written fastest. A load waits for a store that has not left the processor yet
+// if their addresses agree in the last 12 bits. A loop that reads x and writes y runs about 1 KiB ahead with its loads:
+// y should not begin that little behind where x does, within a page. Loops took up to twice as long there.
 size_t place() {
     constexpr size_t loads_ahead = 1024, step = 256;
     size_t best = 0, best_distance = 0;

@@ -16,7 +16,8 @@ namespace arraynorm {
 // The capsule for PyDataMem_SetHandler (borrowed).
 PyObject* memory_handler();
 
-// What this thread's next blocks will be written while reading, or null: they are placed so that neither slows the other.
+// What this thread's next blocks will be written while reading, or null: they are placed so that neither slows the
+// other.
 const std::vector<const void*>* exchange_read_beside(const std::vector<const void*>* addresses);
 
 // Bytes kept at most, and now; what is kept can be given back.

@@ -11,13 +11,13 @@ struct Declined {};
 // The arrays of one call in the shape of x: inputs as they are or, where their strides or dtype do not fit, as copies;
 // outputs in place or, where they do not fit, copied when the work is done.
 //
-// A Way is one of going through memory: way.tensor(array) is the array as that sees it, or nothing if its strides do not
-// allow that.
+// A Way is one of going through memory: way.tensor(array) is the array as that sees it, or nothing if its strides do
+// not allow that.
 template <class Way>
 class Operands {
 public:
-    // `inputs` are those of x's shape, x first; null where there is none. choose(array) is the way for x, or nothing; for an
-    // array in C order there is always one. Throws Declined.
+    // `inputs` are those of x's shape, x first; null where there is none. choose(array) is the way for x, or nothing;
+    // for an array in C order there is always one. Throws Declined.
     template <class Choose>
     Operands(std::initializer_list<PyArrayObject*> inputs, Choose choose) {
         PyArrayObject* x = *inputs.begin();
@@ -100,9 +100,7 @@ private:
         Py_INCREF(descr_.get());
         return descr_.descr();
     }
-    Ref empty_like() const {
-        return new_like(prototype_.array(), descr_.descr(), beside_);
-    }
+    Ref empty_like() const { return new_like(prototype_.array(), descr_.descr(), beside_); }
     Tensor read(PyArrayObject* input, bool is_x) {
         if (is_x && x_is_copy_) return *way_.tensor(prototype_.array());
         if (dtype_of(input) == dtype)

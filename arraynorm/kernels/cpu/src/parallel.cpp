@@ -1,7 +1,7 @@
 // Why a pool of our own: where another process competes for the cores, a pool whose caller waits for all its threads
 // (OpenMP's) waits for a thread that is not running, for milliseconds. Here the caller takes items too, closes the job
-// when there are none left, and waits only for workers that have joined. numba's workqueue aborts when two Python threads
-// enter; here the second one runs its job alone. TBB would do as well, and is a dependency of 10 MB.
+// when there are none left, and waits only for workers that have joined. numba's workqueue aborts when two Python
+// threads enter; here the second one runs its job alone. TBB would do as well, and is a dependency of 10 MB.
 #include "parallel.hpp"
 
 #include <atomic>
@@ -48,12 +48,15 @@ public:
         next_.store(0);
         phase_.fetch_add(1);  // odd: open
         if (sleepers_.load() > 0) {
-            { std::lock_guard lock(sleep_); }
+            {
+                std::lock_guard lock(sleep_);
+            }
             wake_.notify_all();
         }
         take_items();
         phase_.fetch_add(1);  // even: closed; who has joined is waited for, who comes now finds it closed
-        for (int spins = 0; joined_.load() > 0; ++spins) spins < spins_before_yield ? relax() : std::this_thread::yield();
+        for (int spins = 0; joined_.load() > 0; ++spins)
+            spins < spins_before_yield ? relax() : std::this_thread::yield();
     }
 
 private:
@@ -131,7 +134,8 @@ void parallel_for(int64_t items, int64_t bytes, void (*body)(void*, int64_t), vo
     if (threads > 1 && bytes >= serial_bytes) {
         Pool& p = *pool();
         // A second caller, from another thread or from within an item, does its work alone.
-        if (std::unique_lock lock(p.busy, std::try_to_lock); lock.owns_lock()) return p.run(threads, items, body, context);
+        if (std::unique_lock lock(p.busy, std::try_to_lock); lock.owns_lock())
+            return p.run(threads, items, body, context);
     }
     for (int64_t item = 0; item < items; ++item) body(context, item);
 }

@@ -19,7 +19,8 @@ void parallel_for(int64_t items, int64_t bytes, void (*body)(void*, int64_t), vo
 template <class F>
 void parallel_for(int64_t items, int64_t bytes, F&& f) {
     parallel_for(
-        items, bytes, [](void* context, int64_t item) { (*static_cast<std::remove_reference_t<F>*>(context))(item); }, &f);
+        items, bytes, [](void* context, int64_t item) { (*static_cast<std::remove_reference_t<F>*>(context))(item); },
+        &f);
 }
 
 }  // namespace arraynorm

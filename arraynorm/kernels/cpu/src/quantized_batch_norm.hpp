@@ -20,8 +20,13 @@ struct Requantization {
     bool with_relu;
 
     Requantization(const QuantizedBatchNorm& call, int64_t channel)
-        : a(call.a[channel]), b(call.b[channel]), x_scale(call.x_scale), x_zero_point(call.x_zero_point),
-          y_scale(call.y_scale), y_zero_point(call.y_zero_point), with_relu(call.with_relu) {}
+        : a(call.a[channel]),
+          b(call.b[channel]),
+          x_scale(call.x_scale),
+          x_zero_point(call.x_zero_point),
+          y_scale(call.y_scale),
+          y_zero_point(call.y_zero_point),
+          with_relu(call.with_relu) {}
 
     Q operator()(Q x) const {
         constexpr double smallest = std::numeric_limits<Q>::min(), largest = std::numeric_limits<Q>::max();

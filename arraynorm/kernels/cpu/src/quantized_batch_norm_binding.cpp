@@ -23,11 +23,17 @@ PyObject* run(Arguments a, bool with_relu) {
     const bool in_place = out && PyArray_TYPE(out) == type && walked->tensor(out);
     if (in_place) y = Ref::borrowed(a[7]);
     const std::vector<double> of_x = as_doubles(as_array(a[1])), constant = as_doubles(as_array(a[2]));
-    const QuantizedBatchNorm call{
-        .volume = walked->volume, .x = *walked->tensor(source.array()), .y = *walked->tensor(y.array()),
-        .is_signed = type == NPY_INT8, .with_relu = with_relu, .a = of_x.data(), .b = constant.data(),
-        .x_scale = as_double(a[3]), .x_zero_point = as_double(a[4]), .y_scale = as_double(a[5]),
-        .y_zero_point = as_double(a[6])};
+    const QuantizedBatchNorm call{.volume = walked->volume,
+                                  .x = *walked->tensor(source.array()),
+                                  .y = *walked->tensor(y.array()),
+                                  .is_signed = type == NPY_INT8,
+                                  .with_relu = with_relu,
+                                  .a = of_x.data(),
+                                  .b = constant.data(),
+                                  .x_scale = as_double(a[3]),
+                                  .x_zero_point = as_double(a[4]),
+                                  .y_scale = as_double(a[5]),
+                                  .y_zero_point = as_double(a[6])};
     {
         const WithoutGIL released(PyArray_SIZE(x));
         kernels().quantized_batch_norm(call);

@@ -1,8 +1,8 @@
 // Layer, RMS, group and instance norm over rows: statistics per row, parameters per channel. The formulas are those of
 // reference/layer_norm.py, rms_norm.py, group_norm.py and instance_norm.py.
 //
-// How sums are cut up depends on the shape and the strides of inputs alone: no bit depends on the number of threads, or on
-// where results go.
+// How sums are cut up depends on the shape and the strides of inputs alone: no bit depends on the number of threads, or
+// on where results go.
 #pragma once
 
 #include "blocks.hpp"
@@ -32,9 +32,8 @@ template <class T>
 Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
     const T* x = start_of<const T>(call.rows, call.x, row);
     auto runs = [&](auto f) __attribute__((always_inline)) {
-        blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
-            f(x + run * call.x.channel + i, length);
-        });
+        blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length)
+                                   __attribute__((always_inline)) { f(x + run * call.x.channel + i, length); });
     };
     return call.mean ? moments_of<T>(runs) : squares_of<T>(runs);
 }

@@ -130,41 +130,63 @@ BackwardResult backward(const BackwardArguments& a) {
 
 PyObject* layer_norm_forward(Arguments a) {
     return or_decline([&] {
-        ForwardResult r = forward({.x = as_array(a[0]), .weight = as_array(a[1]), .bias = as_array(a[2]),
-                                   .out = as_array(a[4]), .eps = as_double(a[3]), .choose = matrix, .with_mean = true});
+        ForwardResult r = forward({.x = as_array(a[0]),
+                                   .weight = as_array(a[1]),
+                                   .bias = as_array(a[2]),
+                                   .out = as_array(a[4]),
+                                   .eps = as_double(a[3]),
+                                   .choose = matrix,
+                                   .with_mean = true});
         return tuple({r.y.release(), r.mean.release(), r.rstd.release()});
     });
 }
 
 PyObject* layer_norm_backward(Arguments a) {
     return or_decline([&] {
-        BackwardResult r =
-            backward({.dy = as_array(a[0]), .x = as_array(a[1]), .mean = as_array(a[2]), .rstd = as_array(a[3]),
-                      .weight = as_array(a[4]), .out = as_array(a[5]), .choose = matrix});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .x = as_array(a[1]),
+                                     .mean = as_array(a[2]),
+                                     .rstd = as_array(a[3]),
+                                     .weight = as_array(a[4]),
+                                     .out = as_array(a[5]),
+                                     .choose = matrix});
         return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
     });
 }
 
 PyObject* rms_norm_forward(Arguments a) {
     return or_decline([&] {
-        ForwardResult r = forward({.x = as_array(a[0]), .weight = as_array(a[1]), .out = as_array(a[3]),
-                                   .eps = as_double(a[2]), .choose = matrix});
+        ForwardResult r = forward({.x = as_array(a[0]),
+                                   .weight = as_array(a[1]),
+                                   .out = as_array(a[3]),
+                                   .eps = as_double(a[2]),
+                                   .choose = matrix});
         return tuple({r.y.release(), r.rstd.release()});
     });
 }
 
 PyObject* rms_norm_backward(Arguments a) {
     return or_decline([&] {
-        BackwardResult r = backward({.dy = as_array(a[0]), .x = as_array(a[1]), .rstd = as_array(a[2]),
-                                     .weight = as_array(a[3]), .out = as_array(a[4]), .choose = matrix});
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .x = as_array(a[1]),
+                                     .rstd = as_array(a[2]),
+                                     .weight = as_array(a[3]),
+                                     .out = as_array(a[4]),
+                                     .choose = matrix});
         return tuple({r.dx.release(), r.dweight.release()});
     });
 }
 
 PyObject* grouped_forward(PyArrayObject* x, int64_t groups, Arguments weight_bias_eps_out) {
     Arguments a = weight_bias_eps_out;
-    ForwardResult r = forward({.x = x, .weight = as_array(a[0]), .bias = as_array(a[1]), .out = as_array(a[3]),
-                               .eps = as_double(a[2]), .choose = samples, .groups = groups, .with_mean = true,
+    ForwardResult r = forward({.x = x,
+                               .weight = as_array(a[0]),
+                               .bias = as_array(a[1]),
+                               .out = as_array(a[3]),
+                               .eps = as_double(a[2]),
+                               .choose = samples,
+                               .groups = groups,
+                               .with_mean = true,
                                .with_var = true});
     return tuple({r.y.release(), r.mean.release(), r.var.release(), r.rstd.release()});
 }
@@ -188,8 +210,13 @@ PyObject* instance_norm_forward(Arguments a) {
 PyObject* grouped_backward(Arguments a) {
     return or_decline([&] {
         PyArrayObject* mean = as_array(a[2]);
-        BackwardResult r = backward({.dy = as_array(a[0]), .x = as_array(a[1]), .mean = mean, .rstd = as_array(a[3]),
-                                     .weight = as_array(a[4]), .out = as_array(a[5]), .choose = samples,
+        BackwardResult r = backward({.dy = as_array(a[0]),
+                                     .x = as_array(a[1]),
+                                     .mean = mean,
+                                     .rstd = as_array(a[3]),
+                                     .weight = as_array(a[4]),
+                                     .out = as_array(a[5]),
+                                     .choose = samples,
                                      .groups = PyArray_DIM(mean, 1)});
         return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
     });
@@ -198,20 +225,19 @@ PyObject* grouped_backward(Arguments a) {
 }  // namespace
 
 PyMethodDef row_norm_methods[] = {
-    function<5, layer_norm_forward>(
-        "layer_norm_forward", SIGNATURE(layer_norm_forward, "x, weight, bias, eps, out")),
-    function<6, layer_norm_backward>(
-        "layer_norm_backward", SIGNATURE(layer_norm_backward, "dy, x, mean, rstd, weight, out")),
+    function<5, layer_norm_forward>("layer_norm_forward", SIGNATURE(layer_norm_forward, "x, weight, bias, eps, out")),
+    function<6, layer_norm_backward>("layer_norm_backward",
+                                     SIGNATURE(layer_norm_backward, "dy, x, mean, rstd, weight, out")),
     function<4, rms_norm_forward>("rms_norm_forward", SIGNATURE(rms_norm_forward, "x, weight, eps, out")),
     function<5, rms_norm_backward>("rms_norm_backward", SIGNATURE(rms_norm_backward, "dy, x, rstd, weight, out")),
-    function<6, group_norm_forward>(
-        "group_norm_forward", SIGNATURE(group_norm_forward, "x, num_groups, weight, bias, eps, out")),
-    function<6, grouped_backward>(
-        "group_norm_backward", SIGNATURE(group_norm_backward, "dy, x, mean, rstd, weight, out")),
-    function<5, instance_norm_forward>(
-        "instance_norm_forward", SIGNATURE(instance_norm_forward, "x, weight, bias, eps, out")),
-    function<6, grouped_backward>(
-        "instance_norm_backward", SIGNATURE(instance_norm_backward, "dy, x, mean, rstd, weight, out")),
+    function<6, group_norm_forward>("group_norm_forward",
+                                    SIGNATURE(group_norm_forward, "x, num_groups, weight, bias, eps, out")),
+    function<6, grouped_backward>("group_norm_backward",
+                                  SIGNATURE(group_norm_backward, "dy, x, mean, rstd, weight, out")),
+    function<5, instance_norm_forward>("instance_norm_forward",
+                                       SIGNATURE(instance_norm_forward, "x, weight, bias, eps, out")),
+    function<6, grouped_backward>("instance_norm_backward",
+                                  SIGNATURE(instance_norm_backward, "dy, x, mean, rstd, weight, out")),
     {},
 };
 

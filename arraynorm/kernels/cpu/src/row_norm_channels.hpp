@@ -1,5 +1,5 @@
-// What the rows of planes and of columns share: their elements have a channel's parameters, and their gradients are made
-// of sums per sample and channel.
+// What the rows of planes and of columns share: their elements have a channel's parameters, and their gradients are
+// made of sums per sample and channel.
 #pragma once
 
 #include "row_norm.hpp"

@@ -12,7 +12,9 @@ struct Matrix {
     int64_t lines, channels, s, blocks, some;  // channels of all groups, s columns each; so many to a tile
 
     explicit Matrix(const Rows& rows)
-        : lines(rows.lines), channels(rows.parameters()), s(rows.size),
+        : lines(rows.lines),
+          channels(rows.parameters()),
+          s(rows.size),
           blocks(std::clamp<int64_t>(lines * width() / (128 * 1024), 1, std::min<int64_t>(lines, 32))),
           some(std::max<int64_t>(1, 1024 / std::max<int64_t>(1, s))) {}
 
@@ -30,8 +32,9 @@ struct Matrix {
 
 // Reduces every sample's channels, keeps its rows' sums, and then writes it.
 //
-// reduce(sample, tile, sums) adds to the sums of the sample's channels; keep(sample, sums of its channels); write(sample,
-// tile). What is `read` and what is `written` are arrays; how sums are cut must not depend on where results go.
+// reduce(sample, tile, sums) adds to the sums of the sample's channels; keep(sample, sums of its channels);
+// write(sample, tile). What is `read` and what is `written` are arrays; how sums are cut must not depend on where
+// results go.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<Tensor> read, const Tensor& written,
                          Reduce reduce, Keep keep, Write write) {
@@ -133,8 +136,8 @@ void add_backward_sums(const RowNormBackward& call, int64_t sample, const Tile& 
 }
 
 template <class T, class E>
-[[gnu::flatten]] void write_backward(
-    const RowNormBackward& call, const ChannelSums& sums, int64_t sample, const Tile& tile) {
+[[gnu::flatten]] void write_backward(const RowNormBackward& call, const ChannelSums& sums, int64_t sample,
+                                     const Tile& tile) {
     const int64_t first_row = sample * call.rows.groups;
     const auto values = values_of<E, 4>(tile, [&](int64_t channel) -> std::array<double, 4> {
         const RowCoefficients& k = sums.coefficients(first_row + channel / call.rows.channels);
@@ -145,8 +148,7 @@ template <class T, class E>
     const auto dy = rows_of<const T>(call.dy, sample, tile), x = rows_of<const T>(call.x, sample, tile);
     write_columns(rows_of<T>(call.dx, sample, tile), tile, call.streaming, values,
                   [=](const auto& v, int64_t r, int64_t j, auto count) {
-                      return fma(load<E>(dy.at(r, j), count), v[1],
-                                 fma(load<E>(x.at(r, j), count) - v[0], v[2], v[3]));
+                      return fma(load<E>(dy.at(r, j), count), v[1], fma(load<E>(x.at(r, j), count) - v[0], v[2], v[3]));
                   });
 }
 

@@ -71,8 +71,8 @@ inline constexpr int64_t segment = 512;
 
 // The elements [first, first + length) of a row. `ahead` is the distance to a row that this thread reads later, or 0.
 template <class T, class E>
-[[gnu::flatten]] void write_elements(
-    const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first, int64_t length, int64_t ahead) {
+[[gnu::flatten]] void write_elements(const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first,
+                                     int64_t length, int64_t ahead) {
     const int64_t column = (call.rows.groups == 1 ? 0 : row % call.rows.groups) * call.rows.channels + first;
     const T* x = start_of<const T>(call.rows, call.x, row) + first;
     const T* next = ahead ? start_of<const T>(call.rows, call.x, row + ahead) + first : nullptr;
@@ -108,10 +108,12 @@ void forward_elements(const RowNormForward& call) {
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1) {  // rows too long for what follows
-        over_sets<Moments>(rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, bool more) {
-            blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, more ? 1 : 0); });
-            if (call.streaming) finish_streaming();
-        });
+        over_sets<Moments>(
+            rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, bool more) {
+                blocks.pieces_of(part,
+                                 [&](int64_t, int64_t i, int64_t length) { write(row, i, length, more ? 1 : 0); });
+                if (call.streaming) finish_streaming();
+            });
         return;
     }
     const int64_t bundle = rows_in_cache<T>(rows.channels, 4);

@@ -73,8 +73,8 @@ struct ElementsBackward {
 
     Order order_of(int64_t number, const T* dx) const {
         const int64_t distance = call.dx.sample * sizeof(T);
-        // Rows that lie a multiple of 4 KiB apart share their places in the caches and their banks of memory: written by
-        // turns they take three times as long as one after the other, where they else take three quarters.
+        // Rows that lie a multiple of 4 KiB apart share their places in the caches and their banks of memory: written
+        // by turns they take three times as long as one after the other, where they else take three quarters.
         if (number > 1 && distance % 4096 == 0) return Order::by_row;
         if (!call.streaming) return Order::together;
         return distance % 64 == 0 && to_line(dx) == 0 ? Order::together_streaming : Order::by_row;
@@ -97,11 +97,12 @@ struct ElementsBackward {
         }
     };
 
-    // The elements from j of some rows, `packs` packs of them. `dy_ahead` and `x_ahead` are the distances to what this thread
-    // reads next, or 0.
+    // The elements from j of some rows, `packs` packs of them. `dy_ahead` and `x_ahead` are the distances to what this
+    // thread reads next, or 0.
     template <int packs, Order order, class F, class Count>
-    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const F* weight, int64_t j, Count count,
-                                                   int64_t dy_ahead, int64_t x_ahead, double* dweight, double* dbias) {
+    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const F* weight, int64_t j,
+                                                   Count count, int64_t dy_ahead, int64_t x_ahead, double* dweight,
+                                                   double* dbias) {
         Pack<F> a[packs], b[packs];
         for (int p = 0; p < packs; ++p) a[p] = b[p] = Pack<F>(0);
         for (int64_t r = 0; r < number; ++r) {
@@ -131,8 +132,8 @@ struct ElementsBackward {
         }
     }
 
-    // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread does next,
-    // or 0.
+    // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread
+    // does next, or 0.
     template <class F, Order order>
     [[gnu::flatten]] void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
                                    const RowCoefficients* k, int64_t ahead, double* dweight, double* dbias) const {
@@ -141,9 +142,14 @@ struct ElementsBackward {
         Row<F> some[group_size];
         for (int64_t r = 0; r < number; ++r) {
             const Mean<F> mean(k[r].mean);
-            some[r] = {call.dy.at<const T>(sample + r, column), call.x.at<const T>(sample + r, column),
-                       call.dx.at<T>(sample + r, column), Pack<F>(mean.rounded), Pack<F>(F(k[r].rstd)),
-                       Pack<F>(F(mean.constant(k[r].rstd, 0))), Pack<F>(F(k[r].of_x_hat)), Pack<F>(F(k[r].constant))};
+            some[r] = {call.dy.at<const T>(sample + r, column),
+                       call.x.at<const T>(sample + r, column),
+                       call.dx.at<T>(sample + r, column),
+                       Pack<F>(mean.rounded),
+                       Pack<F>(F(k[r].rstd)),
+                       Pack<F>(F(mean.constant(k[r].rstd, 0))),
+                       Pack<F>(F(k[r].of_x_hat)),
+                       Pack<F>(F(k[r].constant))};
         }
         const F* w = weight_of<F>(column);
         const int64_t dy_ahead = order == Order::by_row ? 0 : ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
@@ -177,9 +183,10 @@ struct ElementsBackward {
         }
         computed<E>(all, [&](auto f) {
             using F = decltype(f);
-            const auto in = order == Order::by_row               ? &ElementsBackward::write_in<F, Order::by_row>
-                            : order == Order::together_streaming ? &ElementsBackward::write_in<F, Order::together_streaming>
-                                                                 : &ElementsBackward::write_in<F, Order::together>;
+            const auto in = order == Order::by_row ? &ElementsBackward::write_in<F, Order::by_row>
+                            : order == Order::together_streaming
+                                ? &ElementsBackward::write_in<F, Order::together_streaming>
+                                : &ElementsBackward::write_in<F, Order::together>;
             (this->*in)(number, sample, group, first, width, k, ahead, dweight, dbias);
         });
     }

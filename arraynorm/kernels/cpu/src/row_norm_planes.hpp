@@ -10,7 +10,8 @@ namespace arraynorm::ARRAYNORM_ISA {
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class E>
-[[gnu::flatten]] void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part, bool more) {
+[[gnu::flatten]] void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part,
+                                   bool more) {
     const int64_t first = row % call.rows.groups * call.rows.channels;
     const T* row_x = start_of<const T>(call.rows, call.x, row);
     const T* next = more ? start_of<const T>(call.rows, call.x, row + 1) : nullptr;
@@ -51,8 +52,8 @@ void forward_planes(const RowNormForward& call) {
 
 // The blocks are those of one channel's run.
 template <class T>
-Sums channel_part_sums(
-    const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel, int64_t part) {
+Sums channel_part_sums(const RowNormBackward& call, const Blocks& blocks, int64_t row, int64_t sample, int64_t channel,
+                       int64_t part) {
     using E = Computation<T>;
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
     return gradient_sums<E>(
@@ -63,8 +64,8 @@ Sums channel_part_sums(
 
 // `next` is the channel, counted over all samples, that this thread does next; perhaps the same.
 template <class T, class E>
-[[gnu::flatten]] void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale, const Blocks& blocks,
-                                    int64_t sample, int64_t channel, int64_t part, int64_t next) {
+[[gnu::flatten]] void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale,
+                                    const Blocks& blocks, int64_t sample, int64_t channel, int64_t part, int64_t next) {
     const int64_t next_sample = next / call.rows.parameters(), next_channel = next % call.rows.parameters();
     const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
     const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
@@ -78,7 +79,8 @@ template <class T, class E>
                   [=](int64_t j, auto count, auto) {
                       if constexpr (std::is_same_v<decltype(count), Full>)
                           if (x_ahead) prefetch(x + x_ahead + j);
-                      return fma(load<E>(dy + j, count), of_dy, fma(load<E>(x + j, count) - pivot, of_deviation, constant));
+                      return fma(load<E>(dy + j, count), of_dy,
+                                 fma(load<E>(x + j, count) - pivot, of_deviation, constant));
                   });
     });
 }
@@ -121,10 +123,11 @@ void backward_planes(const RowNormBackward& call) {
         std::vector<Sums> found(runs * parts);
         parallel_for(runs * parts, bytes, [&](int64_t i) {
             const int64_t run = i / parts;
-            found[i] = channel_part_sums<T>(
-                call, blocks, run / rows.channels, run / parameters, run % parameters, i % parts);
+            found[i] =
+                channel_part_sums<T>(call, blocks, run / rows.channels, run / parameters, run % parameters, i % parts);
         });
-        for (int64_t i = 0; i < runs * parts; ++i) sums.of(i / parts / parameters, i / parts % parameters).add(found[i]);
+        for (int64_t i = 0; i < runs * parts; ++i)
+            sums.of(i / parts / parameters, i / parts % parameters).add(found[i]);
         for (int64_t row = 0; row < rows.count(); ++row) sums.keep(row);
         parallel_for(runs * parts, bytes, [&](int64_t i) {
             write(i / parts / parameters, i / parts % parameters, i % parts, 0);

@@ -1,5 +1,5 @@
-// How the memory of rows is walked, chosen by the strides of x: (rows, K) for layer and RMS norm, (N, A, C, B) for group
-// and instance norm.
+// How the memory of rows is walked, chosen by the strides of x: (rows, K) for layer and RMS norm, (N, A, C, B) for
+// group and instance norm.
 #pragma once
 
 #include "arrays.hpp"
@@ -8,8 +8,8 @@ namespace arraynorm {
 
 struct WalkedRows {
     Rows rows;
-    int64_t repeat;        // neighbouring parameters of the walk that are one of the caller's
-    int64_t n, a, c, b;    // as the caller sees them
+    int64_t repeat;      // neighbouring parameters of the walk that are one of the caller's
+    int64_t n, a, c, b;  // as the caller sees them
 
     // `array` as this walk sees it, or nothing if its strides do not allow that.
     std::optional<Tensor> tensor(PyArrayObject* array) const;

@@ -39,8 +39,8 @@ template <class E, class T, class Count>
         return load<E>(p, count, *p);
 }
 
-// A mean as loops subtract it, and what that leaves out. A rounded mean alone would make all deviations wrong by its rounding
-// error: `rest` is made up for where sums end and in the constant that a map adds, both in double.
+// A mean as loops subtract it, and what that leaves out. A rounded mean alone would make all deviations wrong by its
+// rounding error: `rest` is made up for where sums end and in the constant that a map adds, both in double.
 template <class E>
 struct Mean {
     E rounded;
@@ -68,8 +68,8 @@ struct Terms {
     Pack<E> first, a, b;
 };
 
-// Packs that are added up in E on their way to a sum in double: so few that their rounding errors, which are those of four
-// additions, have random signs and as many as there are groups, are far below the error of one float.
+// Packs that are added up in E on their way to a sum in double: so few that their rounding errors, which are those of
+// four additions, have random signs and as many as there are groups, are far below the error of one float.
 inline constexpr int group_size = 8;
 
 // Two sums of packs in E.
@@ -138,8 +138,8 @@ template <class E, class Count>
 
 // -- moments --------------------------------------------------------------------------------------------------
 
-// Of n values: their mean, as a distance from a pivot, and the sum of their squared deviations from it. The mean itself,
-// rounded, would be wrong by more than the deviations of values that lie close together far from zero.
+// Of n values: their mean, as a distance from a pivot, and the sum of their squared deviations from it. The mean
+// itself, rounded, would be wrong by more than the deviations of values that lie close together far from zero.
 struct Moments {
     double n = 0, pivot = 0, shift = 0, m2 = 0;
 
@@ -177,8 +177,8 @@ template <class E, class T, class Runs>
     return sums.total();
 }
 
-// Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot. Zero may be what has
-// become of small ones.
+// Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot. Zero may be
+// what has become of small ones.
 template <class E>
 inline bool is_reliable(Sums sums, double n) {
     const bool in_range = std::is_same_v<E, double> || (sums.second > 1e-25 && sums.second < 1e30);
@@ -193,8 +193,8 @@ inline int64_t number_of_pivots(int64_t n) {
     return number;
 }
 
-// As T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for long; from
-// any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
+// As T has it. Elements of T differ from that by multiples of their last place, which float adds up exactly for long;
+// from any other number they all differ by the same odd bits, and a sum rounds those off to the same side each time.
 template <class T>
 inline double pivot_of(const T* x, int64_t n) {
     const int64_t number = number_of_pivots(n);
@@ -222,8 +222,8 @@ Moments two_pass_moments(double n, double first, const Runs& runs) {
     return {n, mean, std::isfinite(mean) ? sums.first / n : 0, m2};
 }
 
-// The moments that n elements have by their sums about a pivot; or by two passes, should that lie far from the rest or a
-// square be out of E's range. Equal elements deviate by exactly zero at any magnitude.
+// The moments that n elements have by their sums about a pivot; or by two passes, should that lie far from the rest or
+// a square be out of E's range. Equal elements deviate by exactly zero at any magnitude.
 template <class E, class T, class Runs>
 inline Moments moments_by(Sums sums, double pivot, double n, const T* first, const Runs& runs) {
     if (!is_reliable<E>(sums, n)) return two_pass_moments<T>(n, double(to_float(*first)), runs);
@@ -254,8 +254,8 @@ inline double reciprocal_std(double var, double eps) {
 
 // -- what fits float ------------------------------------------------------------------------------------------
 
-// Whether (x - mean) * scale can be computed in E, for any x of which these are statistics. Where it is NaN, any E will do:
-// whoever shares the decision with a NaN is not to notice.
+// Whether (x - mean) * scale can be computed in E, for any x of which these are statistics. Where it is NaN, any E will
+// do: whoever shares the decision with a NaN is not to notice.
 template <class E>
 inline bool is_tame(double mean, double scale) {
     const double size = std::abs(scale);
@@ -285,8 +285,9 @@ inline int64_t to_line(const T* p) {
     return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) % 64 / sizeof(T);
 }
 
-// y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it, for
-// then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
+// y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
+// for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be
+// null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
 // memory busy.
 template <class T, class Value>
 [[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const void* ahead, Value value) {

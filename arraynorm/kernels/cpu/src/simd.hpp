@@ -40,8 +40,8 @@ struct Pack {
     }
 };
 
-// Everything below is inlined by force: a compiler that weighs the size of its callers leaves some of it out, and a pack
-// then goes through memory on every call.
+// Everything below is inlined by force: a compiler that weighs the size of its callers leaves some of it out, and a
+// pack then goes through memory on every call.
 
 template <class E>
 [[gnu::always_inline]] inline Pack<E> operator+(Pack<E> a, Pack<E> b) {
@@ -140,7 +140,8 @@ typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
 typedef uint16_t Bits16 __attribute__((vector_size(16)));
 typedef uint32_t Bits32 __attribute__((vector_size(32)));
 
-// -Wpsabi warns that such a value would be passed in another way without AVX; nothing here is passed between ISA levels.
+// -Wpsabi warns that such a value would be passed in another way without AVX; nothing here is passed between ISA
+// levels.
 [[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
     Bits16 bits;
     std::memcpy(&bits, p, sizeof bits);
@@ -289,8 +290,8 @@ template <class T, class E>
 // For this thread, which will soon write there.
 [[gnu::always_inline]] inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
-// What a loop that reads on from p comes to some 30 cache lines later. One that computes as it reads is otherwise held up by
-// memory: the hardware's own prefetching stops at every page of 4 KiB.
+// What a loop that reads on from p comes to some 30 cache lines later. One that computes as it reads is otherwise held
+// up by memory: the hardware's own prefetching stops at every page of 4 KiB.
 inline constexpr int64_t bytes_ahead = 2048;
 template <class T>
 [[gnu::always_inline]] inline const T* further_on(const T* p) {
@@ -321,9 +322,11 @@ template <class T, class E>
 #if defined(__AVX__)
         for (int i = 0; i < decltype(r)::parts; ++i) {
             if constexpr (std::is_same_v<T, float>)
-                bits |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(r.part[i], _mm256_setzero_ps(), _CMP_GT_OQ))) << 8 * i;
+                bits |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(r.part[i], _mm256_setzero_ps(), _CMP_GT_OQ)))
+                        << 8 * i;
             else
-                bits |= unsigned(_mm256_movemask_pd(_mm256_cmp_pd(r.part[i], _mm256_setzero_pd(), _CMP_GT_OQ))) << 4 * i;
+                bits |= unsigned(_mm256_movemask_pd(_mm256_cmp_pd(r.part[i], _mm256_setzero_pd(), _CMP_GT_OQ)))
+                        << 4 * i;
         }
 #else
         T v[lanes];

@@ -6,13 +6,13 @@
 namespace arraynorm {
 
 enum class Walk {
-    nothing,          // no elements
-    planes,           // runs of S
-    one_channel,      // C = 1: N * S adjacent elements
-    samples,          // S = 1, runs of N: two-dimensional in Fortran's order
-    rows,             // S = 1, rows of C
-    small_planes,     // rows of C * S, S too small for a run
-    channels_last,    // N * S rows of C
+    nothing,        // no elements
+    planes,         // runs of S
+    one_channel,    // C = 1: N * S adjacent elements
+    samples,        // S = 1, runs of N: two-dimensional in Fortran's order
+    rows,           // S = 1, rows of C
+    small_planes,   // rows of C * S, S too small for a run
+    channels_last,  // N * S rows of C
 };
 
 struct Walked {
