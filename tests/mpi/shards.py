@@ -60,13 +60,17 @@ def sizes_before_cancellation(layer, x, dy):
 
 
 def assert_within_an_ulp(value, reference, size):
-    """Every element is its reference to one ulp of its channel's `size`, that of its terms before they cancel."""
+    """Every element is its reference to one ulp of its channel's `size`, that of its terms before they cancel.
+
+    Or its own, where the terms add up to more than the largest of them: its neighbours are no nearer.
+    """
     assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
     assert value.dtype == reference.dtype, f"{value.dtype} is not {reference.dtype}"
     of = limits(reference.dtype.name)
+    expected = np.asarray(reference, np.float64)
+    size = np.maximum(np.reshape(size, (1, -1, *[1] * (value.ndim - 2))), np.abs(expected))
     ulp = 2.0 ** np.floor(np.log2(np.maximum(size, float(of.tiny)))) * float(of.eps)
-    off = np.abs(np.asarray(value, np.float64) - np.asarray(reference, np.float64))
-    ulps = off / ulp.reshape(1, -1, *[1] * (value.ndim - 2))
+    ulps = np.abs(np.asarray(value, np.float64) - expected) / ulp
     assert np.all(ulps <= 1), f"off by {np.max(ulps)} ulp"
 
 

@@ -104,7 +104,8 @@ private:
     template <class T>
     void fill(PyArrayObject* array) {
         const T* values = static_cast<const T*>(PyArray_DATA(array));
-        for (npy_intp i = 0; i < size_; ++i) copy_[i] = to_float(values[i]);
+        double* copy = copy_.get();
+        for (npy_intp i = 0, size = size_; i < size; ++i) copy[i] = to_float(values[i]);
     }
 
     npy_intp size_ = 0;

@@ -19,11 +19,16 @@ public:
     Parameters(const double* values, int64_t size, double otherwise) {
         if constexpr (std::is_same_v<E, double>) given_ = values;
         if (given_) return;
-        own_.assign(size, E(otherwise));
-        for (int64_t i = 0; values && i < size; ++i) {
-            own_[i] = E(values[i]);
-            tame_ = tame_ && is_tame<E>(0, values[i]);
+        own_.resize(size, E(otherwise));
+        if (!values) return;
+        E* own = own_.data();
+        // without branches, some at a time: a small call consists of this
+        int64_t wild = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            own[i] = E(values[i]);
+            wild |= !is_tame<E>(0, values[i]);
         }
+        tame_ = !wild;
     }
     const E* data() const { return given_ ? given_ : own_.data(); }
     bool tame() const { return tame_; }

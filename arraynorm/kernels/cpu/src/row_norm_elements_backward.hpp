@@ -208,6 +208,7 @@ struct ElementsBackward {
     }
 
     void by_samples(int64_t number) const {
+        if (number == 1) return run(0, rows.samples, 0, rows.groups, call.dweight, call.dbias);
         const int64_t width = rows.parameters();
         std::vector<double> sums(2 * number * width);
         parallel_for(number, bytes(), [&](int64_t block) {

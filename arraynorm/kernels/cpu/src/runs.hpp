@@ -259,8 +259,8 @@ inline double reciprocal_std(double var, double eps) {
 template <class E>
 inline bool is_tame(double mean, double scale) {
     const double size = std::abs(scale);
-    return std::is_same_v<E, double> || std::isnan(scale) ||
-           (std::abs(mean) < 1e15 && (size == 0 || (size > 1e-15 && size < 1e15)));
+    const bool fits = (std::abs(mean) < 1e15) & ((size == 0) | ((size > 1e-15) & (size < 1e15)));
+    return std::is_same_v<E, double> | (scale != scale) | fits;
 }
 
 // Whether sums of products in E have neither overflowed nor underflowed; those of zeros alone are asked for again.
