@@ -23,8 +23,6 @@ _WIDTH = {"float16": 0, "bfloat16": 0, "float32": 1, "float64": 2}
 # Libraries in which an array can be written through any view of it (so `out=` has a meaning).
 _WRITABLE_LIBRARIES = ("numpy", "cupy")
 
-NUMPY_ARRAY = np.ndarray
-
 
 def library(array: object) -> str:
     """Name of the package that `array`'s type comes from: "numpy", "cupy", "torch", ..."""

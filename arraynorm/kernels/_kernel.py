@@ -36,7 +36,12 @@ class Kernel(Generic[P, R]):
         self.__name__ = reference.__name__
         self.reference = reference
         self.specialised: dict[str, Callable[P, R]] = {}
-        self._direct: dict[type, tuple[str, Callable[P, R], Callable[..., Any]]] = {}
+        self.direct: Callable[..., Any] = _step_by_step
+        """What a public call comes to, found in one step; or None, and then it is checked and taken step by step.
+
+        Small arrays take less time than the checks in Python do. A direct function takes only calls that would pass
+        them, and gives the bits that the kernel gives.
+        """
 
     def register(self, library: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: add a specialisation for `library`, with exactly the reference's parameters.
@@ -53,21 +58,19 @@ class Kernel(Generic[P, R]):
 
         return add
 
-    def register_direct(self, library: str, array: type, function: Callable[..., Any]) -> None:
-        """Let `function` do a whole public call on plain arrays, where the specialisation for `library` is in use."""
-        self._direct[array] = library, self.specialised[library], function
+    def register_direct(self, library: str, function: Callable[..., Any]) -> None:
+        """Let `function` do whole public calls on plain arrays, where the specialisation for `library` is in use.
 
-    def direct(self, x: object, *arguments: object) -> Any:
-        """What a public call comes to, found in one step; or None, and then it is checked and taken step by step.
-
-        Small arrays take less time than the checks in Python do. A direct function takes only calls that would pass
-        them, and gives the bits that the kernel gives.
+        It answers None to arrays of other libraries.
         """
-        entry = self._direct.get(type(x))
-        if entry is None or _only.get() == "reference":
-            return None
-        library, specialisation, function = entry
-        return function(x, *arguments) if self.specialised[library] is specialisation else None
+        specialised, specialisation, allowed = self.specialised, self.specialised[library], _only.get
+
+        def direct(*arguments: object) -> Any:
+            if specialised[library] is not specialisation or allowed() == "reference":
+                return None
+            return function(*arguments)
+
+        self.direct = direct
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         allowed = _only.get()
@@ -85,6 +88,10 @@ class Kernel(Generic[P, R]):
             _log.debug("%s: the %s specialisation declined %s %s", self.__name__, library, x.dtype, x.shape)
         with _array.silent():
             return self.reference(*args, **kwargs)
+
+
+def _step_by_step(*_: object) -> None:
+    """The direct function of a kernel that has none."""
 
 
 @functools.cache

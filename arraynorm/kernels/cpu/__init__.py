@@ -13,7 +13,6 @@ import importlib
 import os
 from types import ModuleType
 
-from arraynorm import _array
 from arraynorm.kernels._kernel import Kernel
 from arraynorm.kernels.cpu._threads import default_threads
 from arraynorm.kernels.reference import (
@@ -60,7 +59,7 @@ def _prepare(native: ModuleType) -> None:
         if hasattr(native, name):
             kernel.register("numpy")(getattr(native, name))
         if direct := getattr(native, f"direct_{name}", None):
-            kernel.register_direct("numpy", _array.NUMPY_ARRAY, direct)
+            kernel.register_direct("numpy", direct)
 
 
 def _kernels() -> dict[str, Kernel[..., object]]:

@@ -36,8 +36,8 @@ struct Tiles {
 
 // Reduces all channels, keeps their sums, and then writes.
 //
-// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile). What is `read` and what is `written`
-// are arrays in the shape of x; how sums are cut must not depend on where results go.
+// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile, body) as with_values. What is `read`
+// and what is `written` are arrays in the shape of x; how sums are cut must not depend on where results go.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tensor> read,
                        std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Keep keep,
@@ -51,7 +51,7 @@ inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tens
             std::vector<Sum> sums(number);
             tile.widened(of_read, [&](const Tile& some) { reduce(some, sums.data()); });
             for (int64_t k = 0; k < number; ++k) keep(c + k, sums[k]);
-            if (writes) tile.widened(of_all, write);
+            if (writes) write(tile.columns(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
         });
         return;
     }
@@ -72,17 +72,19 @@ inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tens
         // more and smaller items than for the sums, for nothing is added up
         const int64_t rows = std::max<int64_t>(4, 64 * 1024 / std::max<int64_t>(1, t.channels * t.s));
         const int64_t items = (t.rows + rows - 1) / rows;
-        parallel_for(items, bytes, [&](int64_t item) {
-            const int64_t i = items - 1 - item;  // the last rows are still in the cache
-            Tile{i * rows, std::min(rows, t.rows - i * rows), 0, t.channels, t.s}.widened(of_all, write);
+        write(Tile{0, t.rows, 0, t.channels, t.s}.columns(of_all), [&](auto write_rows) {
+            parallel_for(items, bytes, [&](int64_t item) {
+                const int64_t i = items - 1 - item;  // the last rows are still in the cache
+                Tile{i * rows, std::min(rows, t.rows - i * rows), 0, t.channels, t.s}.widened(of_all, write_rows);
+            });
         });
     }
 }
 
 template <class T>
-inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile) {
+inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile, bool streaming = false) {
     if (!tensor) return {};
-    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat};
+    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat, rows_ahead(streaming)};
 }
 
 // The elements of all channels to a row of the tile, and those before its first: what bits of the mask are counted by.
@@ -91,18 +93,12 @@ inline int64_t first_bit(const Volume& v, const Tile& tile) { return (tile.row *
 
 // -- forward --------------------------------------------------------------------------------------------------
 
-template <class T, class E>
-[[gnu::flatten]] void write_forward(const BatchNormForward& call, const Tile& tile) {
-    const auto values = values_of<E, 3>(tile, [&](int64_t c) -> std::array<double, 3> {
-        const Mean<E> mean(call.mean[c]);
-        const double scale = forward_scale(call, c);
-        return {double(mean.rounded), scale, mean.constant(scale, call.bias ? call.bias[c] : 0)};
-    });
+template <class T, class Values>
+[[gnu::flatten]] void write_forward(const BatchNormForward& call, const Tile& tile, const Values& values) {
+    using E = typename Values::Element;
     const auto x = rows_of<const T>(call.x, tile), addend = rows_of<const T>(call.addend, tile);
     const auto y = rows_of<T>(call.y, tile);
-    auto affine = [=](const auto& v, int64_t r, int64_t j, auto count) {
-        return fma(load<E>(x.at(r, j), count) - v[0], v[1], v[2]);
-    };
+    auto affine = [=](const auto& v, int64_t r, int64_t j, auto count) { return y_of(load<E>(x.at(r, j), count), v); };
     if (!call.mask) return write_columns(y, tile, call.streaming, values, affine);
     const int64_t all = all_to_a_row(call.volume, tile), bit = first_bit(call.volume, tile);
     const bool whole_bytes = all % 8 == 0 && bit % 8 == 0 && tile.width() % 8 == 0;
@@ -125,19 +121,20 @@ template <class T, class E>
 
 template <class T>
 void forward_columns(const BatchNormForward& call) {
-    using E = Mapping<T>;
+    using E = Computation<T>;
     const Volume& v = call.volume;
     over_tiles<Moments>(
         Tiles::of<T>(v), 2 * v.size() * sizeof(T), {call.x}, {call.addend, call.y}, call.takes_statistics, call.writes,
         [&](const Tile& tile, Moments* moments) {
-            channel_moments(rows_of<const T>(call.x, tile), tile,
+            channel_moments(rows_of<const T>(call.x, tile, call.streaming), tile,
                             [&](int64_t c, const Moments& found) { moments[c % tile.channels].add(found); });
         },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
-        [&](const Tile& tile) {
-            computed_by_channel<E>(
+        [&](const Tile& tile, auto body) {
+            with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, const Tile& some) { write_forward<T, decltype(e)>(call, some); });
+                [&](auto e, int64_t c) { return forward_coefficients<T, decltype(e)>(call, c); },
+                [&](const Tile& rows, const auto& values) { write_forward<T>(call, rows, values); }, body);
         });
 }
 
@@ -149,7 +146,7 @@ void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* to
     const int64_t all = all_to_a_row(call.volume, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
     channel_sums(
-        rows_of<const T>(call.dy, tile), rows_of<const T>(call.x, tile), tile,
+        rows_of<const T>(call.dy, tile, call.streaming), rows_of<const T>(call.x, tile, call.streaming), tile,
         [&](int64_t c) { return is_tame<E>(call.mean[tile.channel(c)], call.rstd[tile.channel(c)]); },
         [&](int64_t c) { return call.mean[tile.channel(c)]; },
         [=](auto dy, int64_t row, int64_t j, auto count)
@@ -157,39 +154,41 @@ void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* to
         [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
 }
 
-template <class T, class E, class Mask>
-[[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Tile& tile) {
+template <class T, class Mask, class Values>
+[[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Tile& tile, const Values& values) {
+    using E = typename Values::Element;
     const int64_t all = all_to_a_row(call.volume, tile);
-    const bool needs_x = call.mean_dy;
-    const auto values = values_of<E, 4>(tile, [&](int64_t c) -> std::array<double, 4> {
-        const BackwardCoefficients k = backward_coefficients(call, c);
-        const Mean<E> mean(needs_x ? call.mean[c] : 0);
-        return {double(mean.rounded), k.of_dy, k.of_deviation, mean.constant(k.of_deviation, k.constant)};
-    });
     const auto dy = rows_of<const T>(call.dy, tile), x = rows_of<const T>(call.x, tile);
-    const auto daddend = rows_of<T>(call.daddend, tile);
+    const auto dx = rows_of<T>(call.dx, tile), daddend = rows_of<T>(call.daddend, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
-    write_columns(rows_of<T>(call.dx, tile), tile, call.streaming, values,
-                  [=](const auto& v, int64_t r, int64_t j, auto count) {
-                      const Pack<E> g = mask.gate(r * all + j, load<E>(dy.at(r, j), count), count);
-                      if (daddend.start) store(daddend.at(r, j), g, count);
-                      if (!needs_x) return g * v[1];
-                      return fma(g, v[1], fma(load<E>(x.at(r, j), count) - v[0], v[2], v[3]));
-                  });
+    auto gated = [=](int64_t r, int64_t j, auto count) {
+        const Pack<E> g = mask.gate(r * all + j, load<E>(dy.at(r, j), count), count);
+        if constexpr (!std::is_same_v<Mask, NoMask>)
+            if (daddend.start) store(daddend.at(r, j), g, count);
+        return g;
+    };
+    if (!call.mean_dy)
+        write_columns(dx, tile, call.streaming, values,
+                      [=](const auto& v, int64_t r, int64_t j, auto count) { return dx_of(gated(r, j, count), v); });
+    else
+        write_columns(dx, tile, call.streaming, values, [=](const auto& v, int64_t r, int64_t j, auto count) {
+            return dx_of(gated(r, j, count), load<E>(x.at(r, j), count), v);
+        });
 }
 
 template <class T, class Mask>
 void backward_columns(const BatchNormBackward& call) {
-    using E = Mapping<T>;
+    using E = Computation<T>;
     const Volume& v = call.volume;
     over_tiles<Sums>(
         Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces,
         call.writes, [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
-        [&](const Tile& tile) {
-            computed_by_channel<E>(
+        [&](const Tile& tile, auto body) {
+            with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, const Tile& some) { write_backward<T, decltype(e), Mask>(call, some); });
+                [&](auto e, int64_t c) { return backward_coefficients<T, decltype(e)>(call, c); },
+                [&](const Tile& rows, const auto& values) { write_backward<T, Mask>(call, rows, values); }, body);
         });
 }
 

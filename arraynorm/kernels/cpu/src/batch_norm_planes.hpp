@@ -45,22 +45,16 @@ template <class T, class E>
 struct ForwardPlane {
     const BatchNormForward& call;
     int64_t c;
-    Pack<E> pivot, scale, shift;
+    decltype(packs_of<E>(forward_coefficients<T, E>(call, c))) values;
 
-    ForwardPlane(const BatchNormForward& call, int64_t c) : call(call), c(c) {
-        const Mean<E> mean(call.mean[c]);
-        const double of_x = forward_scale(call, c);
-        pivot = Pack<E>(mean.rounded);
-        scale = Pack<E>(E(of_x));
-        shift = Pack<E>(E(mean.constant(of_x, call.bias ? call.bias[c] : 0)));
-    }
+    ForwardPlane(const BatchNormForward& call, int64_t c)
+        : call(call), c(c), values(packs_of<E>(forward_coefficients<T, E>(call, c))) {}
 
     // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next) const {
         const T* x = call.x.at<const T>(n, c) + i;
         T* y = call.y.at<T>(n, c) + i;
-        const Pack<E> k = pivot, a = scale, b = shift;
-        auto affine = [=](int64_t j, auto count) { return fma(load<E>(x + j, count) - k, a, b); };
+        auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
             return write_run(y, length, call.streaming, next,
                              [=](int64_t j, auto count, auto) { return affine(j, count); });
@@ -82,7 +76,7 @@ struct ForwardPlane {
 
 template <class T>
 void forward_planes(const BatchNormForward& call) {
-    using E = Mapping<T>;
+    using E = Computation<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 2 * v.size() * sizeof(T);
     if (!call.takes_statistics) {
@@ -129,16 +123,10 @@ struct BackwardPlane {
     const BatchNormBackward& call;
     int64_t c;
     bool needs_x;
-    Pack<E> pivot, of_dy, of_deviation, constant;
+    decltype(packs_of<E>(backward_coefficients<T, E>(call, c))) values;
 
-    BackwardPlane(const BatchNormBackward& call, int64_t c) : call(call), c(c), needs_x(call.mean_dy) {
-        const BackwardCoefficients k = backward_coefficients(call, c);
-        const Mean<E> mean(needs_x ? call.mean[c] : 0);
-        pivot = Pack<E>(mean.rounded);
-        of_dy = Pack<E>(E(k.of_dy));
-        of_deviation = Pack<E>(E(k.of_deviation));
-        constant = Pack<E>(E(mean.constant(k.of_deviation, k.constant)));
-    }
+    BackwardPlane(const BatchNormBackward& call, int64_t c)
+        : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(backward_coefficients<T, E>(call, c))) {}
 
     // `length` elements of run n from element i; `next` and `next_x` as in ForwardPlane
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, const T* next_x) const {
@@ -156,21 +144,21 @@ struct BackwardPlane {
             store(daddend + j, g, count);
             return g;
         };
-        const Pack<E> pivot = this->pivot, a = of_dy, b = of_deviation, k = constant;
+        const auto v = values;
         if (!needs_x)
             return write_run(dx, length, call.streaming, next,
-                             [&](int64_t j, auto count, auto streams) { return gated(j, count, streams) * a; });
+                             [&](int64_t j, auto count, auto streams) { return dx_of(gated(j, count, streams), v); });
         write_run(dx, length, call.streaming, next, [&](int64_t j, auto count, auto streams) {
             if constexpr (std::is_same_v<decltype(count), Full>)
                 if (next_x) prefetch(next_x + j);
-            return fma(gated(j, count, streams), a, fma(load<E>(x + j, count) - pivot, b, k));
+            return dx_of(gated(j, count, streams), load<E>(x + j, count), v);
         });
     }
 };
 
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
-    using E = Mapping<T>;
+    using E = Computation<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 3 * v.size() * sizeof(T);
     if (!call.reduces) {

@@ -51,12 +51,26 @@ struct Tensor {
     explicit operator bool() const { return data != nullptr; }
 };
 
+// A value per channel, or per element of a row: a vector of double or of float, as the caller has it; or none.
+struct Parameter {
+    const double* doubles = nullptr;
+    const float* floats = nullptr;
+
+    Parameter() = default;
+    Parameter(const double* values) : doubles(values) {}
+    Parameter(const float* values) : floats(values) {}
+
+    explicit operator bool() const { return doubles || floats; }
+    double operator[](int64_t i) const { return floats ? double(floats[i]) : doubles[i]; }
+    double value_or(int64_t i, double otherwise) const { return *this ? (*this)[i] : otherwise; }
+};
+
 struct BatchNormForward {
     DType dtype;
     Volume volume;
     Tensor x, y, addend;
-    uint8_t* mask;  // with it: add the addend, if there is one, apply ReLU, and keep where the result is > 0
-    const double *weight, *bias;  // (C,) or null
+    uint8_t* mask;           // with it: add the addend, if there is one, apply ReLU, and keep where the result is > 0
+    Parameter weight, bias;  // (C,) or none
     double eps;
     double *mean, *m2, *rstd;  // (C,)
     bool takes_statistics;     // compute mean, m2 and rstd; else mean and rstd are given
@@ -68,8 +82,8 @@ struct BatchNormBackward {
     DType dtype;
     Volume volume;
     Tensor dy, x, dx, daddend;
-    const uint8_t* mask;   // with it: dy counts where its bit is set
-    const double* weight;  // (C,) or null
+    const uint8_t* mask;  // with it: dy counts where its bit is set
+    Parameter weight;     // (C,) or none
     const double *mean, *rstd;
     double *dbias, *dweight;          // (C,) sums of dy and dy * x_hat
     double *mean_dy, *mean_dy_x_hat;  // (C,) or null: statistics that do not depend on x
@@ -82,7 +96,7 @@ struct RowNormForward {
     DType dtype;
     Rows rows;
     Tensor x, y;
-    const double *weight, *bias;  // a value per parameter, or null
+    Parameter weight, bias;  // a value per parameter or none
     double eps;
     double *mean, *var, *rstd;  // a value per row. RMS norm has no mean and no var, layer norm no var
     bool streaming;
@@ -92,7 +106,7 @@ struct RowNormBackward {
     DType dtype;
     Rows rows;
     Tensor dy, x, dx;
-    const double* weight;       // a value per parameter, or null
+    Parameter weight;           // a value per parameter or none
     const double *mean, *rstd;  // a value per row; no mean for RMS norm
     double *dweight, *dbias;    // a value per parameter; for RMS norm dbias is scratch
     bool streaming;

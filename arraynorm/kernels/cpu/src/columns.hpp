@@ -23,15 +23,24 @@ struct Tile {
     int64_t width() const { return all() * s; }
     int64_t channel(int64_t c) const { return first + c % channels; }
 
-    // visit(tile) for all of this one, whose rows are those of memory, `distance` apart. A few columns alone would not
-    // fill a pack: of adjacent rows 64 are taken as one.
+    // Rows to be taken as one where they lie `distance` apart. A few columns alone would not fill a pack: of adjacent
+    // rows some are taken as one.
+    int64_t rows_as_one(int64_t distance) const { return distance == width() && width() < 64 && rows >= 64 ? 64 : 1; }
+
+    // A tile with the columns that the widest of its rows has.
+    Tile columns(int64_t distance) const { return {row, 0, first, channels, s, rows_as_one(distance)}; }
+
+    // visit(tile) for all of this one, whose rows are those of memory.
     template <class Visit>
     void widened(int64_t distance, Visit visit) const {
-        const int64_t number = distance == width() && width() < 64 && rows >= 64 ? 64 : 1, whole = rows / number;
+        const int64_t number = rows_as_one(distance), whole = rows / number;
         visit(Tile{row, whole, first, channels, s, number});
         if (whole * number < rows) visit(Tile{row + whole * number, rows - whole * number, first, channels, s});
     }
 };
+
+// As RowsOf has it.
+inline int64_t rows_ahead(bool streaming) { return streaming ? group_size : 0; }
 
 // A distance in all of the arrays that there are, or 0 where they differ.
 inline int64_t common(int64_t Tensor::* distance, std::initializer_list<Tensor> arrays) {
@@ -49,6 +58,9 @@ template <class T>
 struct RowsOf {
     T* start;
     int64_t distance;
+    // Rows below the ones that are summed up: these are fetched. 0 where there is a cache that holds all: out of that
+    // they come in time by themselves, and fetching costs a third.
+    int64_t ahead = 0;
 
     T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
 };
@@ -88,8 +100,8 @@ struct ColumnSums {
             tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 Pack<E> a[packs.value], b[packs.value];
                 auto fetch_below = [&](int64_t r) __attribute__((always_inline)) {
-                    fetch(stream, r, j);
-                    (fetch(more, r, j), ...);
+                    fetch(tile, stream, r, j);
+                    (fetch(tile, more, r, j), ...);
                 };
                 fetch_below(row);
                 for (int p = 0; p < packs.value; ++p) {
@@ -122,10 +134,11 @@ private:
     [[gnu::always_inline]] static void keep(Pack<E> sum, double* total, Count count) {
         store(total, load<double>(total, count) + widened(sum), count);
     }
-    // The line of the next rows below this one, or what lies past the last.
+    // The line below or, at the end of the rows, one of the next columns, with which this thread perhaps goes on.
     template <class T>
-    [[gnu::always_inline]] static void fetch(RowsOf<const T> stream, int64_t row, int64_t j) {
-        prefetch(stream.at(row + group_size, j));
+    [[gnu::always_inline]] static void fetch(const Tile& tile, RowsOf<const T> stream, int64_t row, int64_t j) {
+        const int64_t below = row + stream.ahead;
+        prefetch(below < tile.rows ? stream.at(below, j) : stream.at(below - tile.rows, j + tile.width()));
     }
 };
 
@@ -227,17 +240,19 @@ void channel_sums(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTam
 // -- writing --------------------------------------------------------------------------------------------------
 
 // Vectors of a value per column.
-template <class E, int number>
+template <class E, size_t number>
 class ColumnValues {
 public:
+    using Element = E;
     explicit ColumnValues(int64_t width) : width_(width), values_(number * width) {}
-    void set(int64_t j, const std::array<double, number>& values) {
-        for (int v = 0; v < number; ++v) values_[v * width_ + j] = E(values[v]);
+    // Of `some` columns from j on.
+    void set(int64_t j, int64_t some, const std::array<double, number>& values) {
+        for (size_t v = 0; v < number; ++v) std::fill_n(values_.begin() + v * width_ + j, some, E(values[v]));
     }
     template <class Count>
     [[gnu::always_inline]] std::array<Pack<E>, number> at(int64_t j, Count count) const {
         std::array<Pack<E>, number> packs;
-        for (int v = 0; v < number; ++v) packs[v] = load<E>(values_.data() + v * width_ + j, count);
+        for (size_t v = 0; v < number; ++v) packs[v] = load<E>(values_.data() + v * width_ + j, count);
         return packs;
     }
 
@@ -246,25 +261,33 @@ private:
     std::vector<E> values_;
 };
 
-// The values of the tile's columns, of(channel) for each.
-template <class E, int number, class Of>
-inline ColumnValues<E, number> values_of(const Tile& tile, Of of) {
-    ColumnValues<E, number> values(tile.width());
-    for (int64_t c = 0; c < tile.all(); ++c) {
-        const std::array<double, number> channel = of(tile.channel(c));
-        for (int64_t j = c * tile.s; j < (c + 1) * tile.s; ++j) values.set(j, channel);
+// The values of the tile's columns, of(E{}, channel) for each; and whether E will do for all of the channels.
+template <class E, class IsTame, class Of>
+inline auto values_of(const Tile& tile, IsTame is_tame, Of of) {
+    constexpr size_t number = std::tuple_size_v<decltype(of(E{}, tile.first))>;
+    std::pair found(ColumnValues<E, number>(tile.width()), true);
+    for (int64_t c = 0; c < tile.channels; ++c) {
+        const std::array<double, number> channel = of(E{}, tile.first + c);
+        for (int64_t j = c * tile.s; j < tile.width(); j += tile.channels * tile.s) found.first.set(j, tile.s, channel);
+        found.second &= is_tame(tile.first + c);
     }
-    return values;
+    return found;
 }
 
-// write(E{}, tile), where E will do for all channels of the tile; else its channels one by one, each as that needs.
-template <class E, class IsTame, class Write>
-inline void computed_by_channel(const Tile& tile, IsTame is_tame, Write write) {
-    bool all = true;
-    for (int64_t c = tile.first; c < tile.first + tile.channels; ++c) all = all && is_tame(c);
-    if (all) return write(E{}, tile);
+// body(write_rows) with a function for any rows of the tile's channels, write_rows(tile), that hands them to
+// write(tile, values of its columns). In E where that will do for all of the channels; else those one by one, each in
+// what it needs.
+template <class E, class IsTame, class Of, class Write, class Body>
+inline void with_values(const Tile& tile, IsTame is_tame, Of of, Write write, Body body) {
+    {
+        const auto [values, all] = values_of<E>(tile, is_tame, of);
+        if (all) return body([&values = values, &write](const Tile& rows) { write(rows, values); });
+    }
     for (int64_t c = tile.first; c < tile.first + tile.channels; ++c)
-        computed<E>(is_tame(c), [&](auto e) { write(e, Tile{tile.row, tile.rows * tile.repeat, c, 1, tile.s}); });
+        computed<E>(is_tame(c), [&](auto e) {
+            const auto values = values_of<decltype(e)>(Tile{0, 0, c, 1, tile.s}, is_tame, of).first;
+            body([&](const Tile& rows) { write(Tile{rows.row, rows.rows * rows.repeat, c, 1, rows.s}, values); });
+        });
 }
 
 // y at (row, j) = value(values of column j, row, j, count)
@@ -289,12 +312,14 @@ template <class T, class Values, class Value>
                     }
             });
     };
-    constexpr std::integral_constant<int, 4> four;
-    constexpr std::integral_constant<int, 1> one;
-    if (y.distance * sizeof(T) % 4096 == 0)  // written by turns they would drive each other from the caches
-        stream_all ? write(one, std::true_type{}) : write(one, std::false_type{});
+    // Memory is fastest walked as it lies. In the cache some rows at a time save loads of the values; of rows that lie
+    // whole pages apart, whose lines share their places in the cache, only two.
+    if (stream_all)
+        write(std::integral_constant<int, 1>{}, std::true_type{});
+    else if (y.distance * sizeof(T) % 4096 == 0)
+        write(std::integral_constant<int, 2>{}, std::false_type{});
     else
-        stream_all ? write(four, std::true_type{}) : write(four, std::false_type{});
+        write(std::integral_constant<int, 4>{}, std::false_type{});
     if (stream_all) finish_streaming();
 }
 

@@ -79,38 +79,32 @@ int64_t plain_integer(PyObject* argument) {
     return value;
 }
 
-// The numbers of an array in C order as doubles; those that are, in place.
-class Doubles {
+// The numbers of a parameter in C order: in place or, of 16 bits, as floats.
+class Numbers {
 public:
-    explicit Doubles(PyArrayObject* array) {
+    explicit Numbers(PyArrayObject* array) {
         if (!array) return;
-        if (PyArray_TYPE(array) == NPY_DOUBLE) {
-            data_ = static_cast<const double*>(PyArray_DATA(array));
-            return;
-        }
-        size_ = PyArray_SIZE(array);
-        copy_.reset(new double[size_]);
-        data_ = copy_.get();
+        const void* data = PyArray_DATA(array);
         switch (*dtype_of(array)) {
-            case DType::float16: fill<float16>(array); break;
-            case DType::bfloat16: fill<bfloat16>(array); break;
-            case DType::float32: fill<float>(array); break;
-            case DType::float64: break;
+            case DType::float16: widen(static_cast<const float16*>(data), PyArray_SIZE(array)); break;
+            case DType::bfloat16: widen(static_cast<const bfloat16*>(data), PyArray_SIZE(array)); break;
+            case DType::float32: values_ = static_cast<const float*>(data); break;
+            case DType::float64: values_ = static_cast<const double*>(data); break;
         }
     }
-    const double* data() const { return data_; }
+    const Parameter& values() const { return values_; }
 
 private:
     template <class T>
-    void fill(PyArrayObject* array) {
-        const T* values = static_cast<const T*>(PyArray_DATA(array));
-        double* copy = copy_.get();
-        for (npy_intp i = 0, size = size_; i < size; ++i) copy[i] = to_float(values[i]);
+    void widen(const T* from, npy_intp size) {
+        copy_.reset(new float[size]);  // a vector would write zeros first
+        float* copy = copy_.get();
+        for (npy_intp i = 0; i < size; ++i) copy[i] = to_float(from[i]);
+        values_ = copy;
     }
 
-    npy_intp size_ = 0;
-    std::unique_ptr<double[]> copy_;  // a vector would write zeros first
-    const double* data_ = nullptr;
+    std::unique_ptr<float[]> copy_;
+    Parameter values_;
 };
 
 bool is_double(PyArrayObject* array) { return array && PyArray_TYPE(array) == NPY_DOUBLE; }
@@ -153,7 +147,7 @@ PyObject* batch_norm_forward(Arguments a) {
         const Channels channels = channels_of(x, a[3]);
         PyArrayObject *weight = plain_parameter(a[1], x, channels.axis, 1),
                       *bias = plain_parameter(a[2], x, channels.axis, 1);
-        const Doubles weights(weight), biases(bias);
+        const Numbers weights(weight), biases(bias);
         BatchNormForward call{};
         call.dtype = *dtype_of(x);
         call.volume = channels.volume;
@@ -161,8 +155,8 @@ PyObject* batch_norm_forward(Arguments a) {
         call.x = channels.tensor(x);
         Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
         call.y = channels.tensor(y.array());
-        call.weight = weights.data();
-        call.bias = biases.data();
+        call.weight = weights.values();
+        call.bias = biases.values();
         const npy_intp c = PyArray_DIM(x, channels.axis);
         Ref mean = new_vector(c, call.mean), var = new_vector(c, call.m2), rstd = new_vector(c, call.rstd);
         call.takes_statistics = call.writes = true;
@@ -185,14 +179,14 @@ PyObject* batch_norm_backward(Arguments a) {
         const npy_intp c = PyArray_DIM(x, channels.axis);
         PyArrayObject *weight = plain_parameter(a[2], x, channels.axis, 1),
                       *bias = plain_parameter(a[3], x, channels.axis, 1);
-        const Doubles weights(weight);
+        const Numbers weights(weight);
         std::vector<double> dweight(c), dbias(c), mean_dy(c), mean_dy_x_hat(c);
         BatchNormBackward call{};
         call.dtype = *dtype_of(x);
         call.volume = channels.volume;
         call.dy = channels.tensor(dy);
         call.x = channels.tensor(x);
-        call.weight = weights.data();
+        call.weight = weights.values();
         call.mean = plain_statistic(a[4], c);
         call.rstd = plain_statistic(a[5], c);
         Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});
@@ -240,7 +234,7 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
                   *bias = bias_argument ? plain_parameter(bias_argument, x, matrix.axis, matrix.ndim) : nullptr;
-    const Doubles weights(weight), biases(bias);
+    const Numbers weights(weight), biases(bias);
     RowNormForward call{};
     call.dtype = *dtype_of(x);
     call.rows = matrix.rows;
@@ -251,8 +245,8 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     call.x = matrix.tensor(x);
     Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
     call.y = matrix.tensor(y.array());
-    call.weight = weights.data();
-    call.bias = biases.data();
+    call.weight = weights.values();
+    call.bias = biases.values();
     Ref mean, rstd = new_vector(matrix.rows.samples, call.rstd);
     if (bias_argument) mean = new_vector(matrix.rows.samples, call.mean);
     call.streaming = exceeds_cache(2 * PyArray_NBYTES(x));
@@ -272,14 +266,14 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
                   *bias = bias_argument ? plain_parameter(bias_argument, x, matrix.axis, matrix.ndim) : nullptr;
-    const Doubles weights(weight);
+    const Numbers weights(weight);
     std::vector<double> dweight(matrix.rows.channels), dbias(matrix.rows.channels);
     RowNormBackward call{};
     call.dtype = *dtype_of(x);
     call.rows = matrix.rows;
     call.dy = matrix.tensor(dy);
     call.x = matrix.tensor(x);
-    call.weight = weights.data();
+    call.weight = weights.values();
     if (mean) call.mean = plain_statistic(mean, matrix.rows.samples);
     call.rstd = plain_statistic(rstd, matrix.rows.samples);
     Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});

@@ -69,10 +69,10 @@ inline RowCoefficients row_coefficients(const RowNormBackward& call, int64_t row
     return {mean_of(call.mean, row), rstd, -rstd * mean_g_x_hat, call.mean ? -rstd * (sums.first / n) : 0};
 }
 
-// Whether a row's dx can be computed in E.
+// Whether the dx of a row's elements with some weight can be computed in E.
 template <class E>
-inline bool is_tame(const RowCoefficients& k) {
-    return is_tame<E>(k.mean, k.rstd) && is_tame<E>(k.constant, k.of_deviation());
+inline bool is_tame(const RowCoefficients& k, double weight = 1) {
+    return is_tame<E>(k.mean, k.rstd * weight) && is_tame<E>(k.constant, k.of_deviation());
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -6,8 +6,6 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-inline double value_or(const double* values, int64_t i, double otherwise) { return values ? values[i] : otherwise; }
-
 // For every channel of every sample the sums of dy and of dy * (x - mean), and, for every row, what these make of dx.
 class ChannelSums {
 public:
@@ -23,7 +21,7 @@ public:
         Sums of_g;
         for (int64_t k = 0; k < rows_.channels; ++k) {
             const Sums& sums = of(row / rows_.groups, first + k);
-            const double weight = value_or(call_.weight, first + k, 1);
+            const double weight = call_.weight.value_or(first + k, 1);
             of_g.add({weight * sums.first, weight * sums.second});
         }
         coefficients_[row] = row_coefficients(call_, row, of_g);

@@ -21,12 +21,11 @@ struct Matrix {
     int64_t width() const { return channels * s; }
     int64_t first_line(int64_t block) const { return lines * block / blocks; }
 
-    // visit(tile) for all of a block, where lines lie `distance` apart
+    // visit(tile) for all of a block
     template <class Visit>
-    void tiles(int64_t block, int64_t distance, Visit visit) const {
+    void tiles(int64_t block, Visit visit) const {
         const int64_t line = first_line(block), number = first_line(block + 1) - line;
-        for (int64_t c = 0; c < channels; c += some)
-            Tile{line, number, c, std::min(some, channels - c), s}.widened(distance, visit);
+        for (int64_t c = 0; c < channels; c += some) visit(Tile{line, number, c, std::min(some, channels - c), s});
     }
 };
 
@@ -42,10 +41,14 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
     const int64_t of_read = common(&Tensor::channel, read), of_all = written.channel == of_read ? of_read : 0;
     const int64_t threads = num_threads(), sums_per_sample = m.blocks * m.channels;
     auto reduce_block = [&](int64_t sample, int64_t block, Sum* sums) {
-        m.tiles(block, of_read, [&](const Tile& tile) { reduce(sample, tile, sums + block * m.channels); });
+        m.tiles(block, [&](const Tile& tile) {
+            tile.widened(of_read, [&](const Tile& some) { reduce(sample, some, sums + block * m.channels); });
+        });
     };
     auto write_block = [&](int64_t sample, int64_t block) {
-        m.tiles(block, of_all, [&](const Tile& tile) { write(sample, tile); });
+        m.tiles(block, [&](const Tile& tile) {
+            write(sample, tile.columns(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
+        });
     };
     auto keep_sample = [&](int64_t sample, Sum* sums) {
         for (int64_t block = 1; block < m.blocks; ++block)
@@ -71,21 +74,16 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
 }
 
 template <class T>
-inline RowsOf<T> rows_of(const Tensor& tensor, int64_t sample, const Tile& tile) {
-    return {tensor.at<T>(sample, tile.row) + tile.first * tile.s, tensor.channel * tile.repeat};
+inline RowsOf<T> rows_of(const Tensor& tensor, int64_t sample, const Tile& tile, bool streaming = false) {
+    return {tensor.at<T>(sample, tile.row) + tile.first * tile.s, tensor.channel * tile.repeat, rows_ahead(streaming)};
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
 
-template <class T, class E>
-[[gnu::flatten]] void write_forward(const RowNormForward& call, int64_t sample, const Tile& tile) {
-    const int64_t first_row = sample * call.rows.groups;
-    const auto values = values_of<E, 3>(tile, [&](int64_t channel) -> std::array<double, 3> {
-        const int64_t row = first_row + channel / call.rows.channels;
-        const Mean<E> mean(call.mean[row]);
-        const double scale = call.rstd[row] * value_or(call.weight, channel, 1);
-        return {double(mean.rounded), scale, mean.constant(scale, value_or(call.bias, channel, 0))};
-    });
+template <class T, class Values>
+[[gnu::flatten]] void write_forward(const RowNormForward& call, int64_t sample, const Tile& tile,
+                                    const Values& values) {
+    using E = typename Values::Element;
     const auto x = rows_of<const T>(call.x, sample, tile);
     write_columns(rows_of<T>(call.y, sample, tile), tile, call.streaming, values,
                   [=](const auto& v, int64_t r, int64_t j, auto count) {
@@ -100,7 +98,7 @@ void forward_columns(const RowNormForward& call) {
     over_samples<Moments>(
         rows, 2 * rows.elements() * sizeof(T), {call.x}, call.y,
         [&](int64_t sample, const Tile& tile, Moments* moments) {
-            channel_moments(rows_of<const T>(call.x, sample, tile), tile,
+            channel_moments(rows_of<const T>(call.x, sample, tile, call.streaming), tile,
                             [&](int64_t c, const Moments& found) { moments[tile.channel(c)].add(found); });
         },
         [&](int64_t sample, const Moments* moments) {
@@ -110,14 +108,16 @@ void forward_columns(const RowNormForward& call) {
                 keep_statistics(call, sample * rows.groups + g, row, [] { return false; });
             }
         },
-        [&](int64_t sample, const Tile& tile) {
-            auto is_tame_channel = [&](int64_t c) {
-                const int64_t row = sample * rows.groups + c / rows.channels;
-                return is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, c, 1));
-            };
-            computed_by_channel<E>(tile, is_tame_channel, [&](auto e, const Tile& some) {
-                write_forward<T, decltype(e)>(call, sample, some);
-            });
+        [&](int64_t sample, const Tile& tile, auto body) {
+            auto row_of = [&](int64_t c) { return sample * rows.groups + c / rows.channels; };
+            auto scale = [&](int64_t c) { return call.rstd[row_of(c)] * call.weight.value_or(c, 1); };
+            with_values<E>(
+                tile, [&](int64_t c) { return is_tame<E>(call.mean[row_of(c)], scale(c)); },
+                [&](auto e, int64_t c) -> std::array<double, 3> {
+                    const Mean<decltype(e)> mean(call.mean[row_of(c)]);
+                    return {double(mean.rounded), scale(c), mean.constant(scale(c), call.bias.value_or(c, 0))};
+                },
+                [&](const Tile& some, const auto& values) { write_forward<T>(call, sample, some, values); }, body);
         });
 }
 
@@ -128,23 +128,17 @@ void add_backward_sums(const RowNormBackward& call, int64_t sample, const Tile& 
     const double *mean = call.mean + sample * call.rows.groups, *rstd = call.rstd + sample * call.rows.groups;
     auto group_of = [&](int64_t c) { return tile.channel(c) / call.rows.channels; };
     channel_sums(
-        rows_of<const T>(call.dy, sample, tile), rows_of<const T>(call.x, sample, tile), tile,
-        [&](int64_t c) { return is_tame<Computation<T>>(mean[group_of(c)], rstd[group_of(c)]); },
+        rows_of<const T>(call.dy, sample, tile, call.streaming), rows_of<const T>(call.x, sample, tile, call.streaming),
+        tile, [&](int64_t c) { return is_tame<Computation<T>>(mean[group_of(c)], rstd[group_of(c)]); },
         [&](int64_t c) { return mean[group_of(c)]; },
         [](auto dy, int64_t, int64_t, auto) __attribute__((always_inline)) { return dy; },
         [&](int64_t c, const Sums& found) { sums[tile.channel(c)].add(found); });
 }
 
-template <class T, class E>
-[[gnu::flatten]] void write_backward(const RowNormBackward& call, const ChannelSums& sums, int64_t sample,
-                                     const Tile& tile) {
-    const int64_t first_row = sample * call.rows.groups;
-    const auto values = values_of<E, 4>(tile, [&](int64_t channel) -> std::array<double, 4> {
-        const RowCoefficients& k = sums.coefficients(first_row + channel / call.rows.channels);
-        const Mean<E> mean(k.mean);
-        return {double(mean.rounded), k.rstd * value_or(call.weight, channel, 1), k.of_deviation(),
-                mean.constant(k.of_deviation(), k.constant)};
-    });
+template <class T, class Values>
+[[gnu::flatten]] void write_backward(const RowNormBackward& call, int64_t sample, const Tile& tile,
+                                     const Values& values) {
+    using E = typename Values::Element;
     const auto dy = rows_of<const T>(call.dy, sample, tile), x = rows_of<const T>(call.x, sample, tile);
     write_columns(rows_of<T>(call.dx, sample, tile), tile, call.streaming, values,
                   [=](const auto& v, int64_t r, int64_t j, auto count) {
@@ -164,15 +158,19 @@ void backward_columns(const RowNormBackward& call) {
             for (int64_t c = 0; c < rows.parameters(); ++c) sums.of(sample, c) = found[c];
             for (int64_t g = 0; g < rows.groups; ++g) sums.keep(sample * rows.groups + g);
         },
-        [&](int64_t sample, const Tile& tile) {
-            auto is_tame_channel = [&](int64_t c) {
-                const RowCoefficients& k = sums.coefficients(sample * rows.groups + c / rows.channels);
-                return is_tame<E>(k.mean, k.rstd * value_or(call.weight, c, 1)) &&
-                       is_tame<E>(k.constant, k.of_deviation());
+        [&](int64_t sample, const Tile& tile, auto body) {
+            auto of_row = [&](int64_t c) -> const RowCoefficients& {
+                return sums.coefficients(sample * rows.groups + c / rows.channels);
             };
-            computed_by_channel<E>(tile, is_tame_channel, [&](auto e, const Tile& some) {
-                write_backward<T, decltype(e)>(call, sums, sample, some);
-            });
+            with_values<E>(
+                tile, [&](int64_t c) { return is_tame<E>(of_row(c), call.weight.value_or(c, 1)); },
+                [&](auto e, int64_t c) -> std::array<double, 4> {
+                    const RowCoefficients& k = of_row(c);
+                    const Mean<decltype(e)> mean(k.mean);
+                    return {double(mean.rounded), k.rstd * call.weight.value_or(c, 1), k.of_deviation(),
+                            mean.constant(k.of_deviation(), k.constant)};
+                },
+                [&](const Tile& some, const auto& values) { write_backward<T>(call, sample, some, values); }, body);
         });
     sums.keep_parameter_gradients();
 }

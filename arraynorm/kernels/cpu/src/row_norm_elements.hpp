@@ -14,28 +14,37 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 // A vector of parameters in E: the caller's, where that is in E, else a copy; of `otherwise` where there is none.
 template <class E>
-class Parameters {
+class ParametersIn {
 public:
-    Parameters(const double* values, int64_t size, double otherwise) {
-        if constexpr (std::is_same_v<E, double>) given_ = values;
-        if (given_) return;
-        own_.resize(size, E(otherwise));
-        if (!values) return;
-        E* own = own_.data();
-        // without branches, some at a time: a small call consists of this
-        int64_t wild = 0;
-        for (int64_t i = 0; i < size; ++i) {
-            own[i] = E(values[i]);
-            wild |= !is_tame<E>(0, values[i]);
+    ParametersIn(const Parameter& given, int64_t size, double otherwise) {
+        if constexpr (std::is_same_v<E, double>)
+            data_ = given.doubles;
+        else
+            data_ = given.floats;
+        if (!data_) {
+            own_.resize(size, E(otherwise));
+            for (int64_t i = 0; given && i < size; ++i) own_[i] = E(given[i]);
+            data_ = own_.data();
         }
-        tame_ = !wild;
+        if (std::is_same_v<E, double> || !given) return;
+        given.floats ? check(given.floats, size) : check(given.doubles, size);
     }
-    const E* data() const { return given_ ? given_ : own_.data(); }
+    ParametersIn(const ParametersIn&) = delete;
+
+    const E* data() const { return data_; }
     bool tame() const { return tame_; }
 
 private:
+    // without branches, some at a time: of a small call this is a part
+    template <class V>
+    void check(const V* values, int64_t size) {
+        std::conditional_t<sizeof(V) == 4, int32_t, int64_t> wild = 0;
+        for (int64_t i = 0; i < size; ++i) wild |= !is_moderate(values[i]);
+        tame_ = !wild;
+    }
+
     std::vector<E> own_;
-    const E* given_ = nullptr;
+    const E* data_;
     bool tame_ = true;
 };
 
@@ -65,7 +74,7 @@ inline int64_t rows_in_cache(int64_t width, int64_t most) {
 
 template <class E>
 struct Affine {
-    Parameters<E> weight, bias;
+    ParametersIn<E> weight, bias;
     explicit Affine(const RowNormForward& call)
         : weight(call.weight, call.rows.parameters(), 1), bias(call.bias, call.rows.parameters(), 0) {}
     bool tame() const { return weight.tame() && bias.tame(); }

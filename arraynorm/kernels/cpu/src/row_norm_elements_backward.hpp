@@ -31,8 +31,8 @@ struct ElementsBackward {
     const RowNormBackward& call;
     const Rows& rows;
     Blocks blocks;
-    Parameters<E> weight;
-    Exact<Parameters<double>> exact_weight;
+    ParametersIn<E> weight;
+    Exact<ParametersIn<double>> exact_weight;
 
     explicit ElementsBackward(const RowNormBackward& call)
         : call(call), rows(call.rows), blocks(1, rows.channels), weight(call.weight, rows.parameters(), 1) {}

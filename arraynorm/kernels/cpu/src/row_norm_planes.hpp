@@ -20,8 +20,8 @@ template <class T, class E>
     const Pack<E> pivot(mean.rounded);
     blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) {
         const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
-        const double of_x = call.rstd[row] * value_or(call.weight, first + run, 1);
-        const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, value_or(call.bias, first + run, 0))));
+        const double of_x = call.rstd[row] * call.weight.value_or(first + run, 1);
+        const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, call.bias.value_or(first + run, 0))));
         write_run(row_y + run * call.y.channel + i, length, call.streaming, ahead,
                   [=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); });
     });
@@ -36,7 +36,7 @@ void forward_planes(const RowNormForward& call) {
     auto tame = [&](int64_t row) {
         const int64_t first = row % rows.groups * rows.channels;
         for (int64_t k = first; k < first + rows.channels; ++k)
-            if (!is_tame<E>(call.mean[row], call.rstd[row] * value_or(call.weight, k, 1))) return false;
+            if (!is_tame<E>(call.mean[row], call.rstd[row] * call.weight.value_or(k, 1))) return false;
         return true;
     };
     over_sets<Moments>(
@@ -98,8 +98,8 @@ void backward_planes(const RowNormBackward& call) {
         const int64_t row = sample * rows.groups + channel / rows.channels;
         const int64_t next = sample * parameters + channel + ahead * rows.channels;
         const RowCoefficients& k = sums.coefficients(row);
-        const double scale = k.rstd * value_or(call.weight, channel, 1);
-        computed<E>(is_tame<E>(k.mean, scale) && is_tame<E>(k.constant, k.of_deviation()), [&](auto e) {
+        const double scale = k.rstd * call.weight.value_or(channel, 1);
+        computed<E>(is_tame<E>(k, call.weight.value_or(channel, 1)), [&](auto e) {
             write_channel<T, decltype(e)>(call, k, scale, blocks, sample, channel, part, next);
         });
     };

@@ -45,7 +45,8 @@ template <class E>
 struct Mean {
     E rounded;
     double rest;
-    explicit Mean(double mean) : rounded(E(mean)), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
+    Mean(double mean, E rounded) : rounded(rounded), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
+    explicit Mean(double mean) : Mean(mean, E(mean)) {}
 
     // The constant of (x - mean) * scale + constant, where x - rounded stands for x - mean.
     double constant(double scale, double constant) const { return rest == 0 ? constant : constant - rest * scale; }
@@ -254,13 +255,18 @@ inline double reciprocal_std(double var, double eps) {
 
 // -- what fits float ------------------------------------------------------------------------------------------
 
-// Whether (x - mean) * scale can be computed in E, for any x of which these are statistics. Where it is NaN, any E will
-// do: whoever shares the decision with a NaN is not to notice.
+// Whether a factor neither overflows nor underflows in a product of floats. NaN does neither: whoever shares a decision
+// with a NaN is not to notice.
+template <class V>
+inline bool is_moderate(V factor) {
+    const V size = std::abs(factor), smallest(0x1p-50f), largest(0x1p50f);
+    return (size == 0) | ((size > smallest) & (size < largest)) | (size != size);
+}
+
+// Whether (x - mean) * scale can be computed in E, for any x of which these are statistics.
 template <class E>
 inline bool is_tame(double mean, double scale) {
-    const double size = std::abs(scale);
-    const bool fits = (std::abs(mean) < 1e15) & ((size == 0) | ((size > 1e-15) & (size < 1e15)));
-    return std::is_same_v<E, double> | (scale != scale) | fits;
+    return std::is_same_v<E, double> || std::isnan(scale) || (std::abs(mean) < 0x1p50 && is_moderate(scale));
 }
 
 // Whether sums of products in E have neither overflowed nor underflowed; those of zeros alone are asked for again.

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -63,6 +64,19 @@ template <class E>
 template <class E>
 [[gnu::always_inline]] inline Pack<E> relu(Pack<E> a) {
     for (auto& p : a.part) p = p < 0 ? typename Pack<E>::Register{} : p;
+    return a;
+}
+
+// Large numbers for what is infinite or NaN.
+template <class E>
+[[gnu::always_inline]] inline Pack<E> finite(Pack<E> a) {
+    constexpr E large = std::numeric_limits<E>::max();
+    const Pack<E> least(-large), most(large);
+    for (int i = 0; i < Pack<E>::parts; ++i) {
+        auto& p = a.part[i];
+        p = p > least.part[i] ? p : least.part[i];
+        p = p < most.part[i] ? p : most.part[i];
+    }
     return a;
 }
 
