@@ -247,7 +247,11 @@ public:
     explicit ColumnValues(int64_t width) : width_(width), values_(number * width) {}
     // Of `some` columns from j on.
     void set(int64_t j, int64_t some, const std::array<double, number>& values) {
-        for (size_t v = 0; v < number; ++v) std::fill_n(values_.begin() + v * width_ + j, some, E(values[v]));
+        for (size_t v = 0; v < number; ++v) {
+            E* first = values_.data() + v * width_ + j;
+            *first = E(values[v]);  // mostly there is no other
+            std::fill(first + 1, first + some, *first);
+        }
     }
     template <class Count>
     [[gnu::always_inline]] std::array<Pack<E>, number> at(int64_t j, Count count) const {
