@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+import arraynorm as an
 import sweep
 from arraynorm.distributed import ThreadCommunicator
+from mpi.shards import assert_within_an_ulp, sizes_before_cancellation
 from sync_cases import on_ranks
 
 RANKS = (1, 2, 3, 4, 8, 16, 64)
@@ -44,3 +47,30 @@ def test_the_cuts_have_empty_ranks_and_single_samples():
         assert len(counts) == ranks
         assert (0 in counts) == (ranks > 1)
         assert (1 in counts) == (ranks > 2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_float32_channels_of_any_mean_and_size_are_the_same_to_an_ulp(seed):
+    """Statistics differ in the last bits, and here and there a coefficient's nearest float with them.
+
+    With coefficients that began with their nearest floats, of 150 such batches 23 had a y two ulps off, and 44 a dx.
+    """
+    rng = np.random.default_rng(seed)
+    channels, counts = 150, rng.integers(1, 40, 3)
+    spatial = ((), (3, 2), (7, 7), (40, 10))[seed % 4]
+    mean, std = 10.0 ** rng.uniform(-2, 3), 10.0 ** rng.uniform(-2, 1)
+    shape = (counts.sum(), channels, *spatial)
+    x, dy = rng.normal(mean, std, shape).astype(np.float32), rng.normal(0, 1, shape).astype(np.float32)
+    cuts = np.cumsum(counts)[:-1]
+
+    def trained(layer, x, dy):
+        layer.weight[...], layer.bias[...] = np.linspace(0.5, 2, channels), np.linspace(-1, 1, channels)
+        return layer(x), layer.backward(dy)
+
+    whole = an.BatchNorm(channels)
+    expected = trained(whole, x, dy)
+    shards = list(zip(np.split(x, cuts), np.split(dy, cuts), strict=True))
+    ranks = on_ranks(3, lambda comm: trained(an.SyncBatchNorm(channels, comm=comm), *shards[comm.rank]))
+    sizes = sizes_before_cancellation(whole, x, dy)
+    for parts, of_whole, size in zip(zip(*ranks, strict=True), expected, sizes, strict=True):
+        assert_within_an_ulp(np.concatenate(parts), of_whole, size)
