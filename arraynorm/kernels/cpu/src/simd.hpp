@@ -156,6 +156,28 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
 
 // -Wpsabi warns that such a value would be passed in another way without AVX; nothing here is passed between ISA
 // levels.
+#if defined(__AVX2__)
+// As instructions: GCC 12 takes the conversions of vectors below apart, element by element.
+[[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    Pack<float> r;
+    r.part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    return r;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+[[gnu::always_inline]] inline Bits16 to_bits(bfloat16, Pack<float> a) {
+    const __m256 value = a.part[0];
+    const __m256i bits = _mm256_castps_si256(value), top = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+    const __m256i above = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+    const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+    const __m256i chosen = _mm256_blendv_epi8(_mm256_srli_epi32(above, 16), nan, _mm256_castps_si256(is_nan));
+    return reinterpret_cast<Bits16>(
+        _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1)));
+}
+#else
 [[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
     Bits16 bits;
     std::memcpy(&bits, p, sizeof bits);
@@ -173,6 +195,7 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     Bits32 nan = (bits >> 16) | 0x40u;
     return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Bits16);
 }
+#endif
 
 #if defined(__F16C__)
 [[gnu::always_inline]] inline Pack<float> from_storage(const float16* p) {
