@@ -138,11 +138,16 @@ def test_a_dropped_results_memory_is_the_next_ones():
     address = result.ctypes.data
     del result
     assert 3 <= _kept() < 3.2
-    assert _result(3).ctypes.data == address
-    assert _result(2.9).ctypes.data == address
+    assert _is_there(_result(3), address)
+    assert _is_there(_result(2.9), address)
     other = _result(3)
     assert _kept() == 0
-    assert other.ctypes.data == address
+    assert _is_there(other, address)
+
+
+def _is_there(result, address):
+    """Whether it begins there, or elsewhere in a page around: a result is placed by where in a page its input begins."""
+    return abs(result.ctypes.data - address) < 4096
 
 
 def test_memory_that_somebody_can_still_see_is_not_recycled():
@@ -221,9 +226,8 @@ def test_no_more_is_kept_than_the_limit_and_the_oldest_goes_first():
         assert _kept() <= 7
     del result
     assert 6 < _kept() <= 7
-    # where in its first page a block's data begins depends on what is read beside it
-    again = np.asarray([_result(3.9).ctypes.data, _result(2.2).ctypes.data])
-    assert np.all(np.abs(again - addresses[1:]) < 4096)
+    assert _is_there(_result(3.9), addresses[1])
+    assert _is_there(_result(2.2), addresses[2])
 
 
 def test_a_result_above_the_limit_is_not_kept_and_drives_nothing_out():
