@@ -146,7 +146,7 @@ def test_a_dropped_results_memory_is_the_next_ones():
 
 
 def _is_there(result, address):
-    """Whether it begins there, or elsewhere in a page around: a result is placed by where in a page its input begins."""
+    """Whether it begins there, give or take a page: where in one it begins depends on where its input does."""
     return abs(result.ctypes.data - address) < 4096
 
 
