@@ -45,7 +45,13 @@ def _outlier(place: Callable[[int], int]) -> Draw:
     return draw
 
 
-CONSTANTS = {"constant 1e4+0.3": 1e4 + 0.3, "constant 1e7": 1e7, "constant 1e10": 1e10, "constant -0.1": -0.1}
+CONSTANTS = {
+    "constant 1e4+0.3": 1e4 + 0.3,
+    "constant 1e7": 1e7,
+    "constant 1e10": 1e10,
+    "constant -0.1": -0.1,
+    "constant 0.01": 0.01,
+}
 
 _DRAWS: dict[str, Draw] = {
     "mean/std 1e2": _shifted(1e2),

@@ -145,9 +145,10 @@ def test_a_constant_set_gives_exactly_the_bias(xp, dtype, value, example: Exampl
     expected = bias if example.op == "layer_norm" else bias.reshape(-1, *[1] * (len(example.shape) - 2))
     if example.op == "batch_norm_add_relu":
         expected = np.where(expected < 0, 0, expected)
-    for eps in (1e-5, 0.0):
+    for eps in (1e-5, 0.1, 0.0):  # coefficients differ with the mean's size beside the standard deviation
         y = to_numpy(bare(example, given, eps=eps))
         np.testing.assert_array_equal(y.astype(np.float64), np.broadcast_to(expected, y.shape).astype(np.float64))
+        assert not to_numpy(bare(example, given | {"bias": None}, eps=eps)).any()  # a bias would hide what is small
 
 
 @each_dtype

@@ -62,11 +62,13 @@ inline auto coefficients(const std::array<double, number>& values) {
 
 // What is subtracted from x. Where a mean lies within the data a difference is rounded, and should be alike on all
 // ranks; where it lies far outside, the difference is exact, and what a mean of few bits leaves out would be too much.
+// A mean that is a float is subtracted as it is: an x that equals it gives exactly the bias.
 template <class T, class E>
 inline Mean<E> pivot_of_map(double mean, double rstd) {
+    const Mean<E> nearest(mean);
     if constexpr (in_two<T, E>)
-        if (std::abs(mean * rstd) < 16) return Mean<E>(mean, leading(mean));
-    return Mean<E>(mean);
+        if (nearest.rest != 0 && std::abs(mean * rstd) < 16) return Mean<E>(mean, leading(mean));
+    return nearest;
 }
 
 template <class E, size_t number>
