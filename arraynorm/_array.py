@@ -6,6 +6,7 @@ Python array API standard through the namespace that :func:`array_namespace` ret
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -78,7 +79,10 @@ def cupy() -> Any:
 
 def dtype_name(dtype: object) -> str:
     """ "float32" for every library's float32; a byte-swapped NumPy dtype keeps its mark (">f4")."""
-    return str(dtype).rpartition(".")[2]
+    return _name_of_numpy_dtype(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
+
+
+_name_of_numpy_dtype = functools.lru_cache(maxsize=64)(str)  # NumPy makes the name anew, in 10 us
 
 
 def is_floating(array: Array) -> bool:

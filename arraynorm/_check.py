@@ -340,8 +340,13 @@ def zero_point(function: str, name: str, value: object, x: Array) -> int:
     return number
 
 
+def is_finite(value: Array) -> bool:
+    xp = _array.array_namespace(value)
+    return bool(xp.all(xp.isfinite(value)))
+
+
 def finite(function: str, name: str, value: Array) -> None:
     xp = _array.array_namespace(value)
-    if not bool(xp.all(xp.isfinite(value))):
+    if not is_finite(value):
         wrong = float(value[~xp.isfinite(value)][0])
         raise ValueError(f"{function}: {name} must be finite (8-bit integers hold neither NaN nor inf), got {wrong}")

@@ -119,12 +119,13 @@ def _run(
     x_zero_point = _check.zero_point(function, "x_zero_point", x_zero_point, xq)
     y_zero_point = _check.zero_point(function, "y_zero_point", y_zero_point, xq)
     _check.output(function, "out", out, xq, apart_from=(mean, var, weight, bias), may_be=(xq,))
-    for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
-        if value is not None:
-            _check.finite(function, name, value)
     a, b = kernels.folded_affine(mean, var, weight, bias, eps)
-    _check.finite(function, "weight / sqrt(var + eps)", a)
-    _check.finite(function, "bias - mean * weight / sqrt(var + eps)", b)
+    if not (_check.is_finite(a) and _check.is_finite(b) and _check.is_finite(var)):
+        for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
+            if value is not None:
+                _check.finite(function, name, value)
+        _check.finite(function, "weight / sqrt(var + eps)", a)
+        _check.finite(function, "bias - mean * weight / sqrt(var + eps)", b)
     shape = _array.channel_view(xq.shape, axis)
     view = _array.out_view(out, shape)
     x3 = _array.array_namespace(xq).reshape(xq, shape)

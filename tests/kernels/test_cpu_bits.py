@@ -14,6 +14,7 @@ from arraynorm.distributed import SELF
 from arraynorm.kernels import only
 from arraynorm.kernels.reference import batch_norm as bn
 from arraynorm.kernels.reference import batch_norm_add_relu as fused
+from arraynorm.kernels.reference import quantized_batch_norm as quantized
 from arraynorm.kernels.reference.moments import reciprocal_std
 from compiled import each_level, instructions, needs_native, threads
 from data import Host
@@ -145,6 +146,34 @@ def test_any_number_of_threads_gives_the_same_levels(op, shape, dtype):
         with threads(number), only("specialised"):
             found.add(getattr(an, op)(xq, *given, **options).tobytes())
     assert len(found) == 1
+
+
+# Lines (a, b) per channel: easy ones; exact ties, which float64 rounds on the way; next to a tie, on either side, and in
+# one channel on both; and what floats can't hold.
+_LINES = [(0.7, 0.3), (-1.3, 0.1), (1.0, 0.0), (0.32, 0.02), (0.4, 0.02 + 1e-9), (0.4, 0.02 - 1e-9), (0.0, 0.06)]
+_LINES += [(0.8 * (1 + 1e-8), 0.02), (1e-300, 1e-300), (1e12, 5e13), (1e-12, -1e30), (1e300, -1e300)]
+
+
+@pytest.mark.parametrize("op", ["quantized_batch_norm", "quantized_batch_norm_relu"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("zero_points", [(0, 0), (3, 100), (127, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 145), (40, 12, 9), (300, 12, 1), (1, 12, 300), (3, 12, 2)], ids=str)
+@each_level
+def test_quantized_levels_are_those_of_the_reference(op, dtype, zero_points, shape, level):
+    """Next to ties too, wherever the elements of a channel stand, and where they are written over."""
+    levels = np.resize(np.arange(256, dtype=np.uint8), shape[0] * shape[2] * 12).astype(dtype)
+    x = np.ascontiguousarray(np.swapaxes(levels.reshape(12, shape[0], shape[2]), 0, 1))
+    a, b = np.array(_LINES).T.copy()
+    kernel, options = getattr(quantized, op), (0.05, zero_points[0], 0.04, zero_points[1])
+    with only("reference"):
+        wanted = kernel(x, a, b, *options, None)
+    last = np.moveaxis(x, 1, 2).copy()
+    with instructions(level), only("specialised"):
+        np.testing.assert_array_equal(kernel(x, a, b, *options, None), wanted)
+        np.testing.assert_array_equal(kernel(np.moveaxis(last, 2, 1), a, b, *options, None), wanted)
+        for place in (x, np.moveaxis(last, 2, 1)):
+            assert kernel(place, a, b, *options, place) is place
+            np.testing.assert_array_equal(place, wanted)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------

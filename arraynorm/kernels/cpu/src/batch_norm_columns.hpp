@@ -4,7 +4,6 @@
 
 #include "batch_norm.hpp"
 #include "columns.hpp"
-#include "parallel.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
@@ -68,23 +67,11 @@ inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tens
             keep(c, sum);
         }
     }
-    if (writes) {
-        // more and smaller items than for the sums, for nothing is added up
-        const int64_t rows = std::max<int64_t>(4, 64 * 1024 / std::max<int64_t>(1, t.channels * t.s));
-        const int64_t items = (t.rows + rows - 1) / rows;
-        write(Tile{0, t.rows, 0, t.channels, t.s}.columns(of_all), [&](auto write_rows) {
-            parallel_for(items, bytes, [&](int64_t item) {
-                const int64_t i = items - 1 - item;  // the last rows are still in the cache
-                Tile{i * rows, std::min(rows, t.rows - i * rows), 0, t.channels, t.s}.widened(of_all, write_rows);
-            });
+    const Tile all{0, t.rows, 0, t.channels, t.s};
+    if (writes)
+        write(all.columns(of_all), [&](auto write_rows) {
+            over_row_blocks(all, bytes, [&](const Tile& some) { some.widened(of_all, write_rows); });
         });
-    }
-}
-
-template <class T>
-inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile, bool streaming = false) {
-    if (!tensor) return {};
-    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat, rows_ahead(streaming)};
 }
 
 // The elements of all channels to a row of the tile, and those before its first: what bits of the mask are counted by.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "calls.hpp"
+#include "parallel.hpp"
 #include "runs.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
@@ -39,8 +40,16 @@ struct Tile {
     }
 };
 
-// As RowsOf has it.
-inline int64_t rows_ahead(bool streaming) { return streaming ? group_size : 0; }
+// visit(tile) for all rows of a tile, some at a time: more and smaller items than for sums, for nothing is added up.
+template <class Visit>
+inline void over_row_blocks(const Tile& tile, int64_t bytes, Visit visit) {
+    const int64_t rows = std::max<int64_t>(4, 64 * 1024 / std::max<int64_t>(1, tile.width()));
+    const int64_t items = (tile.rows + rows - 1) / rows;
+    parallel_for(items, bytes, [&](int64_t item) {
+        const int64_t i = items - 1 - item;  // the last rows may still be in the cache
+        visit(Tile{tile.row + i * rows, std::min(rows, tile.rows - i * rows), tile.first, tile.channels, tile.s});
+    });
+}
 
 // A distance in all of the arrays that there are, or 0 where they differ.
 inline int64_t common(int64_t Tensor::* distance, std::initializer_list<Tensor> arrays) {
@@ -64,6 +73,14 @@ struct RowsOf {
 
     T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
 };
+
+inline int64_t rows_ahead(bool streaming) { return streaming ? group_size : 0; }
+
+template <class T>
+inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile, bool streaming = false) {
+    if (!tensor) return {};
+    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat, rows_ahead(streaming)};
+}
 
 // step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first
 // of `most` rows at a time. Both numbers are constants.
@@ -239,12 +256,13 @@ void channel_sums(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTam
 
 // -- writing --------------------------------------------------------------------------------------------------
 
-// Vectors of a value per column.
+// Vectors of a value per column, and zeros to the end of the four packs that the last ones are in.
 template <class E, size_t number>
 class ColumnValues {
 public:
     using Element = E;
-    explicit ColumnValues(int64_t width) : width_(width), values_(number * width) {}
+    explicit ColumnValues(int64_t width)
+        : width_((width + 4 * lanes - 1) / (4 * lanes) * 4 * lanes), values_(number * width_) {}
     // Of `some` columns from j on.
     void set(int64_t j, int64_t some, const std::array<double, number>& values) {
         for (size_t v = 0; v < number; ++v) {

@@ -3,17 +3,8 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-template <class Q>
 void quantized_batch_norm(const QuantizedBatchNorm& call) {
-    const QuantizedKernel<Q> kernel(call);
-    if (call.volume.plane_size() >= worth_a_table)
-        kernel.template run<Table<Q>>();
-    else
-        kernel.template run<Requantization<Q>>();
-}
-
-void quantized_batch_norm(const QuantizedBatchNorm& call) {
-    call.is_signed ? quantized_batch_norm<int8_t>(call) : quantized_batch_norm<uint8_t>(call);
+    call.is_signed ? QuantizedKernel<int8_t>(call).run() : QuantizedKernel<uint8_t>(call).run();
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -1,14 +1,20 @@
 // Batch norm with given statistics, from 8-bit integers to 8-bit integers. The formulas, and the bits, are those of
 // reference/quantized_batch_norm.py.
+//
+// An 8-bit x has 256 values. A channel's map is a line, which floats compute fast, and to the same levels wherever none
+// of the 256 lies within their rounding error of a tie. The few channels of which that can't be said look their results
+// up.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
-#include "calls.hpp"
+#include "blocks.hpp"
+#include "columns.hpp"
 #include "parallel.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
@@ -39,8 +45,8 @@ struct Requantization {
     }
 };
 
-// An 8-bit x has 256 values: a channel with more elements than this looks its results up.
-inline constexpr int64_t worth_a_table = 1024;
+// A channel with fewer elements than this is not worth more than the map itself.
+inline constexpr int64_t worth_a_line = 16;
 
 // The results of one channel, by the bits of x.
 template <class Q>
@@ -53,37 +59,167 @@ struct Table {
     Q operator()(Q x) const { return results[uint8_t(x)]; }
 };
 
+// Every x, in the order of their bits.
+template <class Q>
+struct EveryX {
+    Q values[256];
+    EveryX() {
+        for (int bits = 0; bits < 256; ++bits) values[bits] = Q(uint8_t(bits));
+    }
+};
+
+// The map in floats: rint(slope * x + intercept) + y_zero_point. It gives the levels, or they are looked up.
+struct Line {
+    float slope, intercept;
+    bool gives_levels;
+};
+
 template <class Q>
 struct QuantizedKernel {
     const QuantizedBatchNorm& call;
     const Volume& v;
+    const EveryX<Q> every_x;
+
     explicit QuantizedKernel(const QuantizedBatchNorm& call) : call(call), v(call.volume) {}
 
-    // Some samples of some channels by maps[channel - c].
-    template <class Map>
-    void write(int64_t n, int64_t samples, int64_t c, const std::vector<Map>& maps) const {
-        for (int64_t sample = n; sample < n + samples; ++sample)
-            for (size_t k = 0; k < maps.size(); ++k) {
-                const Q* x = call.x.at<const Q>(sample, c + int64_t(k));
-                Q* y = call.y.at<Q>(sample, c + int64_t(k));
-                const Map& map = maps[k];
-                for (int64_t i = 0; i < v.s; ++i) y[i] = map(x[i]);
+    void run() const {
+        if (v.plane_size() < worth_a_line) return write_few();
+        v.layout == Volume::Layout::planes ? write_planes() : write_columns();
+    }
+
+    // -- a run of elements --------------------------------------------------------------------------------------
+
+    // Those on lines; line(i) are slope and intercept of the elements from i.
+    template <class LineAt>
+    [[gnu::always_inline]] void write_run(const Q* x, Q* y, int64_t n, LineAt line) const {
+        constexpr int many = 4 * lanes;
+        const int16_t least = call.with_relu ? 0 : std::numeric_limits<int16_t>::min();
+        const int16_t zero_point = int16_t(call.y_zero_point);
+        auto write = [=](const Q* from, Q* to, int64_t i) __attribute__((always_inline)) {
+            Pack<float> values[4];
+            for (int k = 0; k < 4; ++k) {
+                const auto [slope, intercept] = line(i + k * lanes);
+                values[k] = fma(load<float>(from + k * lanes), slope, intercept);
             }
+            store_levels(to, values, least, zero_point);
+        };
+        int64_t i = 0;
+        for (; i + many <= n; i += many) write(x + i, y + i, i);
+        if (i == n) return;
+        Q some[many] = {};
+        std::memcpy(some, x + i, n - i);
+        write(some, some, i);
+        std::memcpy(y + i, some, n - i);
+    }
+
+    void write_run(const Q* x, Q* y, int64_t n, const Line& line) const {
+        const std::array both{Pack<float>(line.slope), Pack<float>(line.intercept)};
+        write_run(x, y, n, [=](int64_t) { return both; });
     }
 
     template <class Map>
-    void run() const {
-        // so many channels that their tables stay in the first-level cache
-        const bool is_planes = v.layout == Volume::Layout::planes;
-        const int64_t channels = is_planes ? 1 : 64, tiles = (v.c + channels - 1) / channels;
-        const int64_t per_sample = std::max<int64_t>(1, std::min(channels, v.c) * v.s);
-        const int64_t samples = std::max<int64_t>(1, 256 * 1024 / per_sample), blocks = (v.n + samples - 1) / samples;
-        parallel_for(tiles * blocks, 2 * v.size(), [&](int64_t item) {
-            const int64_t c = item / blocks * channels, n = item % blocks * samples;
-            std::vector<Map> maps;
-            for (int64_t k = c; k < std::min(v.c, c + channels); ++k) maps.emplace_back(Requantization<Q>(call, k));
-            write(n, std::min(samples, v.n - n), c, maps);
+    static void look_up(const Q* x, Q* y, int64_t n, const Map& map) {
+        for (int64_t i = 0; i < n; ++i) y[i] = map(x[i]);
+    }
+
+    // -- channels -----------------------------------------------------------------------------------------------
+
+    // It gives the levels if none of its values lies within their error of a tie: two coefficients, a product and a sum
+    // are rounded, each to 2^-24 of itself. Large levels are ruled out with that, infinity, and NaN. Where one does,
+    // the line may give them all the same, or if it is moved.
+    Line line_of(int64_t c) const {
+        const double slope = call.x_scale * call.a[c] / call.y_scale;
+        const Line line{float(slope), float(call.b[c] / call.y_scale - call.x_zero_point * slope), true};
+        const float error = 0x1p-22f * (256 * std::abs(line.slope) + std::abs(line.intercept));
+        bool is_doubtful = false;
+        for (Q x : every_x.values) {
+            constexpr float integers = 0x1.8p23f;  // as floats of this size are
+            const float level = float(x) * line.slope + line.intercept, nearest = (level + integers) - integers;
+            is_doubtful |= !(std::abs(level - nearest) + error < 0.5f);
+        }
+        if (!is_doubtful) return line;
+        const Table<Q> table({call, c});
+        for (float shift : {0.0f, error / 4, -error / 4}) {
+            const Line moved{line.slope, line.intercept + shift, true};
+            Q found[256];
+            write_run(every_x.values, found, 256, moved);
+            if (std::memcmp(found, table.results, 256) == 0) return moved;
+        }
+        return {0, 0, false};
+    }
+
+    std::vector<Line> lines() const {
+        constexpr int64_t some = 16;
+        std::vector<Line> lines(v.c);
+        parallel_for((v.c + some - 1) / some, v.c * 1024, [&](int64_t item) {
+            for (int64_t c = item * some; c < std::min(v.c, (item + 1) * some); ++c) lines[c] = line_of(c);
         });
+        return lines;
+    }
+
+    // -- all ----------------------------------------------------------------------------------------------------
+
+    void write_few() const {
+        for (int64_t c = 0; c < v.c; ++c) {
+            const Requantization<Q> map(call, c);
+            for (int64_t n = 0; n < v.n; ++n) look_up(call.x.at<const Q>(n, c), call.y.at<Q>(n, c), v.s, map);
+        }
+    }
+
+    void write_planes() const {
+        const Blocks blocks(v.n, v.s);
+        const std::vector<Line> lines = this->lines();
+        parallel_for(v.c * blocks.parts(), 2 * v.size(), [&](int64_t item) {
+            const int64_t c = item / blocks.parts();
+            auto visit = [&](auto write) {
+                blocks.pieces_of(item % blocks.parts(), [&](int64_t n, int64_t i, int64_t length) {
+                    write(call.x.at<const Q>(n, c) + i, call.y.at<Q>(n, c) + i, length);
+                });
+            };
+            if (lines[c].gives_levels)
+                visit([&](const Q* x, Q* y, int64_t n) { write_run(x, y, n, lines[c]); });
+            else
+                visit([table = Table<Q>({call, c})](const Q* x, Q* y, int64_t n) { look_up(x, y, n, table); });
+        });
+    }
+
+    using Exceptions = std::vector<std::pair<int64_t, Table<Q>>>;
+
+    void write_columns() const {
+        const Tile all{0, v.n, 0, v.c, v.s};
+        const int64_t distance = common(&Tensor::sample, {call.x, call.y});
+        const std::vector<Line> lines = this->lines();
+        Exceptions exceptions;
+        for (int64_t c = 0; c < v.c; ++c)
+            if (!lines[c].gives_levels) exceptions.emplace_back(c, Table<Q>({call, c}));
+        auto values_of_line = [&](auto, int64_t c) {
+            return std::array<double, 2>{lines[c].slope, lines[c].intercept};
+        };
+        auto any = [](int64_t) { return true; };
+        const auto values = values_of<float>(all.columns(distance), any, values_of_line).first;
+        over_row_blocks(all, 2 * v.size(), [&](const Tile& block) {
+            const std::vector<Q> kept = results_of(exceptions, block);  // before the rest is written, for y may be x
+            block.widened(distance, [&](const Tile& tile) {
+                const auto x = rows_of<const Q>(call.x, tile);
+                const auto y = rows_of<Q>(call.y, tile);
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    write_run(x.at(r, 0), y.at(r, 0), tile.width(), [&](int64_t j) { return values.at(j, Full{}); });
+            });
+            const Q* next = kept.data();
+            for (const auto& [c, table] : exceptions)
+                for (int64_t r = block.row; r < block.row + block.rows; ++r, next += v.s)
+                    std::copy_n(next, v.s, call.y.at<Q>(r, c));
+        });
+    }
+
+    // Those of the exceptional channels in a block of rows.
+    std::vector<Q> results_of(const Exceptions& exceptions, const Tile& block) const {
+        std::vector<Q> found(exceptions.size() * block.rows * v.s);
+        Q* next = found.data();
+        for (const auto& [c, table] : exceptions)
+            for (int64_t r = block.row; r < block.row + block.rows; ++r, next += v.s)
+                look_up(call.x.at<const Q>(r, c), next, v.s, table);
+        return found;
     }
 };
 

@@ -25,8 +25,8 @@ template <class E, class T>
 [[gnu::always_inline]] inline Pack<E> load(const T* p, Full) {
     return load<E>(p);
 }
-template <class T, class E>
-[[gnu::always_inline]] inline void store(T* p, Pack<E> a, Full) {
+template <class T, class Value>
+[[gnu::always_inline]] inline void store(T* p, Value a, Full) {
     store(p, a);
 }
 

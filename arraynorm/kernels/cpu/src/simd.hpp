@@ -6,6 +6,8 @@
 // bypass the cache, half precision, and collecting signs into bits.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -231,6 +233,64 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return bits;
 }
 #endif
+
+// -- 8-bit integers -------------------------------------------------------------------------------------------
+
+template <class Q>
+inline constexpr bool is_level = std::is_same_v<Q, uint8_t> || std::is_same_v<Q, int8_t>;
+
+template <class Q, std::enable_if_t<is_level<Q>, int> = 0>
+[[gnu::always_inline]] inline Pack<float> from_storage(const Q* p) {
+    Pack<float> r;
+#if defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    r.part[0] = _mm256_cvtepi32_ps(std::is_signed_v<Q> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+    float v[lanes];
+    for (int i = 0; i < lanes; ++i) v[i] = float(p[i]);
+    std::memcpy(&r, v, sizeof r);
+#endif
+    return r;
+}
+
+// The integers next to a, half to even, but not below `least`; plus zero_point, and clamped to what Q holds. NaN gives
+// the smallest. Four packs, for the last steps of one would leave most of a register empty.
+template <class Q>
+[[gnu::always_inline]] inline void store_levels(Q* p, const Pack<float> (&a)[4], int16_t least, int16_t zero_point) {
+#if defined(__AVX2__)
+    __m256i half[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256i both =
+            _mm256_packs_epi32(_mm256_cvtps_epi32(a[2 * i].part[0]), _mm256_cvtps_epi32(a[2 * i + 1].part[0]));
+        half[i] = _mm256_adds_epi16(_mm256_max_epi16(both, _mm256_set1_epi16(least)), _mm256_set1_epi16(zero_point));
+    }
+    const __m256i mixed =  // the first half of each pack, then the second halves
+        std::is_signed_v<Q> ? _mm256_packs_epi16(half[0], half[1]) : _mm256_packus_epi16(half[0], half[1]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(mixed, order));
+#elif defined(__x86_64__)
+    __m128i v[4];
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm_packs_epi32(_mm_cvtps_epi32(a[i].part[0]), _mm_cvtps_epi32(a[i].part[1]));
+        v[i] = _mm_adds_epi16(_mm_max_epi16(v[i], _mm_set1_epi16(least)), _mm_set1_epi16(zero_point));
+    }
+    for (int i = 0; i < 2; ++i)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, std::is_signed_v<Q>
+                                                                ? _mm_packs_epi16(v[2 * i], v[2 * i + 1])
+                                                                : _mm_packus_epi16(v[2 * i], v[2 * i + 1]));
+#else
+    constexpr int smallest = std::numeric_limits<Q>::min(), largest = std::numeric_limits<Q>::max();
+    const float lowest = std::max<int>(least, smallest - zero_point), highest = largest - zero_point;
+    for (int i = 0; i < 4; ++i) {
+        float v[lanes];
+        std::memcpy(v, &a[i], sizeof v);
+        for (int k = 0; k < lanes; ++k) {
+            const float level = v[k] > lowest ? std::nearbyint(v[k]) : lowest;
+            p[i * lanes + k] = Q(int(level < highest ? level : highest) + zero_point);
+        }
+    }
+#endif
+}
 
 // -- load and store -------------------------------------------------------------------------------------------
 
