@@ -25,9 +25,13 @@ template <class E, class T>
 [[gnu::always_inline]] inline Pack<E> load(const T* p, Full) {
     return load<E>(p);
 }
-template <class T, class Value>
-[[gnu::always_inline]] inline void store(T* p, Value a, Full) {
+template <class T, class E>
+[[gnu::always_inline]] inline void store(T* p, Pack<E> a, Full) {
     store(p, a);
+}
+template <class E>
+[[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Full) {
+    return a;
 }
 
 // The elements past the end are copies of the first, as good or bad as the rest.
@@ -123,19 +127,6 @@ private:
 
     Pack<double> first_{0.0}, second_{0.0};
 };
-
-// The elements of which there are `count`; zero past those.
-template <class E, class Count>
-[[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Count count) {
-    if constexpr (std::is_same_v<Count, Full>) {
-        return a;
-    } else {
-        E padded[lanes] = {};
-        std::memcpy(padded, &a, count * sizeof(E));
-        std::memcpy(&a, padded, sizeof padded);
-        return a;
-    }
-}
 
 // -- moments --------------------------------------------------------------------------------------------------
 
@@ -302,23 +293,23 @@ template <class T, class Value>
     constexpr std::false_type stays;
     const char* next = static_cast<const char*>(ahead);
     int64_t i = 0;
-    if (streaming && n >= 4 * line) {
+    if (n >= 4 * line)
         for (const int64_t head = to_line(y); i < head;) {
             const int64_t count = std::min<int64_t>(lanes, head - i);
             store(y + i, value(i, count, stays), count);
             i += count;
         }
+    if (streaming && n >= 4 * line)
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
             for (int k = 0; k < packs; ++k) stream(y + i + k * lanes, value(i + k * lanes, Full{}, streams));
         }
-    } else {
+    else
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
             prefetch_to_write(further_on(y + i));
             for (int k = 0; k < packs; ++k) store(y + i + k * lanes, value(i + k * lanes, Full{}, stays));
         }
-    }
     for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}, stays));
     if (i < n) store(y + i, value(i, n - i, stays), n - i);
 }

@@ -312,12 +312,85 @@ template <class E, class T>
     }
 }
 
-// The first n < 8 elements from p, then `fill`.
+// -1 eight times, then 0: from 8 - n on, a mask of the first n lanes.
+template <class Integer>
+inline constexpr Integer first_lanes[2 * lanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
+// The first n lanes of a, 0 <= n <= 8, then zeros.
+template <class E>
+[[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, int64_t n) {
+    using Integer = std::conditional_t<std::is_same_v<E, float>, int32_t, int64_t>;
+    typedef Integer Mask __attribute__((vector_size(register_bytes)));
+    for (int i = 0; i < Pack<E>::parts; ++i) {
+        Mask mask;
+        std::memcpy(&mask, first_lanes<Integer> + lanes - n + i * Pack<E>::width, sizeof mask);
+        a.part[i] = reinterpret_cast<typename Pack<E>::Register>(reinterpret_cast<Mask>(a.part[i]) & mask);
+    }
+    return a;
+}
+
+// Some elements of T, 0 < n <= 8, to and from eight. Without a call of memcpy, which costs what ten packs do, and
+// where that helps without many small stores before a large load, for which a processor waits.
+template <class T>
+[[gnu::always_inline]] inline void gather(T (&all)[lanes], const T* p, int64_t n) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_lanes<int32_t> + lanes - n));
+        const __m256 some = _mm256_maskload_ps(reinterpret_cast<const float*>(p), mask);
+        const __m256 fill = _mm256_loadu_ps(reinterpret_cast<const float*>(all));
+        const __m256 chosen = _mm256_blendv_ps(fill, some, _mm256_castsi256_ps(mask));
+        std::memcpy(all, &chosen, sizeof chosen);
+    } else if constexpr (sizeof(T) == 8) {
+        for (int i = 0; i < 2; ++i) {
+            const auto* masks = reinterpret_cast<const __m256i*>(first_lanes<int64_t> + lanes - n + 4 * i);
+            const __m256i mask = _mm256_loadu_si256(masks);
+            const __m256d some = _mm256_maskload_pd(reinterpret_cast<const double*>(p) + 4 * i, mask);
+            const __m256d fill = _mm256_loadu_pd(reinterpret_cast<const double*>(all) + 4 * i);
+            const __m256d chosen = _mm256_blendv_pd(fill, some, _mm256_castsi256_pd(mask));
+            std::memcpy(all + 4 * i, &chosen, sizeof chosen);
+        }
+    } else {
+        static_assert(sizeof(T) == 2);
+        auto some = [p](auto bits, int64_t from) {
+            std::memcpy(&bits, p + from, sizeof bits);
+            return bits;
+        };
+        // the last four, or two, of those that there are, moved down to where they begin
+        uint64_t low, high = 0;
+        if (n >= 4) {
+            low = some(uint64_t(), 0);
+            if (n > 4) high = some(uint64_t(), n - 4) >> 16 * (8 - n);
+        } else if (n >= 2) {
+            low = some(uint32_t(), 0);
+            if (n > 2) low |= uint64_t(some(uint32_t(), n - 2) >> 16 * (4 - n)) << 32;
+        } else {
+            low = some(uint16_t(), 0);
+        }
+        const __m128i mask = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first_lanes<int16_t> + lanes - n));
+        const __m128i fill = _mm_loadu_si128(reinterpret_cast<const __m128i*>(all));
+        const __m128i chosen = _mm_blendv_epi8(fill, _mm_set_epi64x(int64_t(high), int64_t(low)), mask);
+        std::memcpy(all, &chosen, sizeof chosen);
+    }
+#else
+    std::memcpy(all, p, n * sizeof(T));
+#endif
+}
+
+template <class T>
+[[gnu::always_inline]] inline void scatter(T* p, const T (&all)[lanes], int64_t n) {
+    if (n & 8) return void(std::memcpy(p, all, sizeof all));
+    const T* from = all;
+    if (n & 4) std::memcpy(p, from, 4 * sizeof(T)), p += 4, from += 4;
+    if (n & 2) std::memcpy(p, from, 2 * sizeof(T)), p += 2, from += 2;
+    if (n & 1) std::memcpy(p, from, sizeof(T));
+}
+
+// The first n elements from p, 0 < n <= 8, then `fill`.
 template <class E, class T>
 [[gnu::always_inline]] inline Pack<E> load(const T* p, int64_t n, T fill = T{}) {
-    T padded[lanes] = {fill, fill, fill, fill, fill, fill, fill, fill};
-    std::memcpy(padded, p, n * sizeof(T));
-    return load<E>(padded);
+    T some[lanes] = {fill, fill, fill, fill, fill, fill, fill, fill};
+    gather(some, p, n);
+    return load<E>(some);
 }
 
 // What is stored of a pack: eight elements of T.
@@ -345,7 +418,9 @@ template <class T, class E>
 template <class T, class E>
 [[gnu::always_inline]] inline void store(T* p, Pack<E> a, int64_t n) {
     auto r = rounded<T>(a);
-    std::memcpy(p, &r, n * sizeof(T));
+    T all[lanes];
+    std::memcpy(all, &r, sizeof all);
+    scatter(p, all, n);
 }
 
 // Bypasses the cache; p must be aligned to 32 bytes (16 for the 16-bit formats).
