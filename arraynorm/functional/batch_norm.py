@@ -165,8 +165,8 @@ def batch_norm_backward(dy: Array, cache: BatchNormCache, *, out: Array | None =
     function = "batch_norm_backward"
     _check.cache_of(function, cache, BatchNormCache)
     x, weight, bias, mean, var, rstd, count, axis, comm = cache
-    if comm is None and out is None:
-        made = kernels.batch_norm_backward.direct(dy, x, weight, bias, mean, rstd, axis)
+    if comm is None:
+        made = kernels.batch_norm_backward.direct(dy, x, weight, bias, mean, var, rstd, axis, out)
         if made is not None:
             return AffineGradients(*made)
     with agreement(comm) as fields:
@@ -199,8 +199,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, BatchNormCache]:
     function = "batch_norm"
-    if comm is None and out is None:
-        made = kernels.batch_norm_forward.direct(x, weight, bias, axis, eps)
+    if comm is None:
+        made = kernels.batch_norm_forward.direct(x, weight, bias, axis, eps, out)
         if made is not None:
             y, mean, var, rstd, count, axis = made
             return y, BatchNormCache(x, weight, bias, mean, var, rstd, count, axis, None)

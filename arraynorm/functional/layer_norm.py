@@ -112,10 +112,9 @@ def layer_norm_backward(dy: Array, cache: LayerNormCache, *, out: Array | None =
     function = "layer_norm_backward"
     _check.cache_of(function, cache, LayerNormCache)
     x, weight, bias, mean, rstd, normalized_shape = cache
-    if out is None:
-        made = backward_kernel.direct(dy, x, weight, bias, mean, rstd, normalized_shape)
-        if made is not None:
-            return AffineGradients(*made)
+    made = backward_kernel.direct(dy, x, weight, bias, mean, rstd, normalized_shape, out)
+    if made is not None:
+        return AffineGradients(*made)
     check_backward(function, dy, x, out, needed=(x, weight, bias, mean, rstd))
     shape = _array.row_view(x.shape, len(normalized_shape))
     xp = _array.array_namespace(x)
@@ -139,11 +138,10 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, LayerNormCache]:
     function = "layer_norm"
-    if out is None:
-        made = forward_kernel.direct(x, normalized_shape, weight, bias, eps)
-        if made is not None:
-            y, mean, rstd, shape = made
-            return y, LayerNormCache(x, weight, bias, mean, rstd, shape)
+    made = forward_kernel.direct(x, normalized_shape, weight, bias, eps, out)
+    if made is not None:
+        y, mean, rstd, shape = made
+        return y, LayerNormCache(x, weight, bias, mean, rstd, shape)
     normalized_shape = check_rows(function, x, normalized_shape, weight=weight, bias=bias)
     check_output(function, out, x, (weight, bias), keep=keep)
     eps = _check.epsilon(function, eps)

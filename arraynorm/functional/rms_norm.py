@@ -108,10 +108,9 @@ def rms_norm_backward(dy: Array, cache: RMSNormCache, *, out: Array | None = Non
     function = "rms_norm_backward"
     _check.cache_of(function, cache, RMSNormCache)
     x, weight, rstd, normalized_shape = cache
-    if out is None:
-        made = backward_kernel.direct(dy, x, weight, rstd, normalized_shape)
-        if made is not None:
-            return RMSNormGradients(*made)
+    made = backward_kernel.direct(dy, x, weight, rstd, normalized_shape, out)
+    if made is not None:
+        return RMSNormGradients(*made)
     check_backward(function, dy, x, out, needed=(x, weight, rstd))
     shape = _array.row_view(x.shape, len(normalized_shape))
     xp = _array.array_namespace(x)
@@ -131,11 +130,10 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, RMSNormCache]:
     function = "rms_norm"
-    if out is None:
-        made = forward_kernel.direct(x, normalized_shape, weight, eps)
-        if made is not None:
-            y, rstd, shape = made
-            return y, RMSNormCache(x, weight, rstd, shape)
+    made = forward_kernel.direct(x, normalized_shape, weight, eps, out)
+    if made is not None:
+        y, rstd, shape = made
+        return y, RMSNormCache(x, weight, rstd, shape)
     normalized_shape = check_rows(function, x, normalized_shape, weight=weight)
     check_output(function, out, x, (weight,), keep=keep)
     if eps is None:

@@ -64,6 +64,24 @@ const double* plain_statistic(PyObject* argument, int64_t size) {
     return static_cast<const double*>(PyArray_DATA(array));
 }
 
+PyObject* given_or_none(PyObject* argument) { return argument ? argument : Py_None; }
+
+// Where results go: `out`, an array like x that touches none of the `others`; or, for None, a new one, which is placed
+// in memory for loops that read those `beside`.
+Ref output(PyObject* out, PyArrayObject* x, const std::vector<const void*>& beside,
+           std::initializer_list<PyObject*> others) {
+    if (out == Py_None) return new_like(x, PyArray_DESCR(x), beside);
+    PyArrayObject* array = plain_like(out, x);
+    require(PyArray_ISWRITEABLE(array));
+    const char *begin = PyArray_BYTES(array), *end = begin + PyArray_NBYTES(array);
+    for (PyObject* argument : others) {
+        if (argument == Py_None) continue;
+        PyArrayObject* other = as_array(argument);
+        require(end <= PyArray_BYTES(other) || PyArray_BYTES(other) + PyArray_NBYTES(other) <= begin);
+    }
+    return Ref::borrowed(out);
+}
+
 double plain_epsilon(PyObject* argument) {
     require(PyFloat_CheckExact(argument));
     const double eps = PyFloat_AS_DOUBLE(argument);
@@ -153,7 +171,7 @@ PyObject* batch_norm_forward(Arguments a) {
         call.volume = channels.volume;
         call.eps = plain_epsilon(a[4]);
         call.x = channels.tensor(x);
-        Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
+        Ref y = output(a[5], x, {PyArray_DATA(x)}, {a[0], a[1], a[2]});
         call.y = channels.tensor(y.array());
         call.weight = weights.values();
         call.bias = biases.values();
@@ -175,7 +193,7 @@ PyObject* batch_norm_forward(Arguments a) {
 PyObject* batch_norm_backward(Arguments a) {
     return or_none([&] {
         PyArrayObject *x = plain_array(a[1]), *dy = plain_like(a[0], x);
-        const Channels channels = channels_of(x, a[6]);
+        const Channels channels = channels_of(x, a[7]);
         const npy_intp c = PyArray_DIM(x, channels.axis);
         PyArrayObject *weight = plain_parameter(a[2], x, channels.axis, 1),
                       *bias = plain_parameter(a[3], x, channels.axis, 1);
@@ -188,8 +206,9 @@ PyObject* batch_norm_backward(Arguments a) {
         call.x = channels.tensor(x);
         call.weight = weights.values();
         call.mean = plain_statistic(a[4], c);
-        call.rstd = plain_statistic(a[5], c);
-        Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});
+        plain_statistic(a[5], c);  // the variance: of use to nobody here, but not to be written over
+        call.rstd = plain_statistic(a[6], c);
+        Ref dx = output(a[8], x, {PyArray_DATA(x), PyArray_DATA(dy)}, {a[0], a[1], a[2], a[3], a[4], a[5], a[6]});
         call.dx = channels.tensor(dx.array());
         call.dbias = dbias.data(), call.dweight = dweight.data();
         call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
@@ -229,7 +248,7 @@ Matrix matrix_of(PyArrayObject* x, PyObject* normalized_shape) {
 
 // With a bias argument it is layer norm, without one RMS norm.
 PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyObject* weight_argument,
-                           PyObject* bias_argument, PyObject* eps) {
+                           PyObject* bias_argument, PyObject* eps, PyObject* out) {
     PyArrayObject* x = plain_array(x_argument);
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
@@ -243,7 +262,7 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     else
         call.eps = plain_epsilon(eps);
     call.x = matrix.tensor(x);
-    Ref y = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x)});
+    Ref y = output(out, x, {PyArray_DATA(x)}, {x_argument, weight_argument, given_or_none(bias_argument)});
     call.y = matrix.tensor(y.array());
     call.weight = weights.values();
     call.bias = biases.values();
@@ -261,7 +280,8 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
 }
 
 PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObject* weight_argument,
-                            PyObject* bias_argument, PyObject* mean, PyObject* rstd, PyObject* normalized_shape) {
+                            PyObject* bias_argument, PyObject* mean, PyObject* rstd, PyObject* normalized_shape,
+                            PyObject* out) {
     PyArrayObject *x = plain_array(x_argument), *dy = plain_like(dy_argument, x);
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
@@ -276,7 +296,9 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
     call.weight = weights.values();
     if (mean) call.mean = plain_statistic(mean, matrix.rows.samples);
     call.rstd = plain_statistic(rstd, matrix.rows.samples);
-    Ref dx = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy)});
+    Ref dx =
+        output(out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
+               {dy_argument, x_argument, weight_argument, given_or_none(bias_argument), given_or_none(mean), rstd});
     call.dx = matrix.tensor(dx.array());
     call.dweight = dweight.data(), call.dbias = dbias.data();
     call.streaming = exceeds_cache(3 * PyArray_NBYTES(x));
@@ -292,16 +314,16 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
 }
 
 PyObject* layer_norm_forward(Arguments a) {
-    return or_none([&] { return row_norm_forward(a[0], a[1], a[2], a[3], a[4]); });
+    return or_none([&] { return row_norm_forward(a[0], a[1], a[2], a[3], a[4], a[5]); });
 }
 PyObject* layer_norm_backward(Arguments a) {
-    return or_none([&] { return row_norm_backward(a[0], a[1], a[2], a[3], a[4], a[5], a[6]); });
+    return or_none([&] { return row_norm_backward(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]); });
 }
 PyObject* rms_norm_forward(Arguments a) {
-    return or_none([&] { return row_norm_forward(a[0], a[1], a[2], nullptr, a[3]); });
+    return or_none([&] { return row_norm_forward(a[0], a[1], a[2], nullptr, a[3], a[4]); });
 }
 PyObject* rms_norm_backward(Arguments a) {
-    return or_none([&] { return row_norm_backward(a[0], a[1], a[2], nullptr, nullptr, a[3], a[4]); });
+    return or_none([&] { return row_norm_backward(a[0], a[1], a[2], nullptr, nullptr, a[3], a[4], a[5]); });
 }
 
 }  // namespace
@@ -309,13 +331,14 @@ PyObject* rms_norm_backward(Arguments a) {
 #define DOC(parameters) "The public call for plain arguments (" parameters "), or None."
 
 PyMethodDef direct_methods[] = {
-    function<5, batch_norm_forward>("direct_batch_norm_forward", DOC("x, weight, bias, axis, eps")),
-    function<7, batch_norm_backward>("direct_batch_norm_backward", DOC("dy, x, weight, bias, mean, rstd, axis")),
-    function<5, layer_norm_forward>("direct_layer_norm_forward", DOC("x, normalized_shape, weight, bias, eps")),
-    function<7, layer_norm_backward>("direct_layer_norm_backward",
-                                     DOC("dy, x, weight, bias, mean, rstd, normalized_shape")),
-    function<4, rms_norm_forward>("direct_rms_norm_forward", DOC("x, normalized_shape, weight, eps")),
-    function<5, rms_norm_backward>("direct_rms_norm_backward", DOC("dy, x, weight, rstd, normalized_shape")),
+    function<6, batch_norm_forward>("direct_batch_norm_forward", DOC("x, weight, bias, axis, eps, out")),
+    function<9, batch_norm_backward>("direct_batch_norm_backward",
+                                     DOC("dy, x, weight, bias, mean, var, rstd, axis, out")),
+    function<6, layer_norm_forward>("direct_layer_norm_forward", DOC("x, normalized_shape, weight, bias, eps, out")),
+    function<8, layer_norm_backward>("direct_layer_norm_backward",
+                                     DOC("dy, x, weight, bias, mean, rstd, normalized_shape, out")),
+    function<5, rms_norm_forward>("direct_rms_norm_forward", DOC("x, normalized_shape, weight, eps, out")),
+    function<6, rms_norm_backward>("direct_rms_norm_backward", DOC("dy, x, weight, rstd, normalized_shape, out")),
     {},
 };
 
