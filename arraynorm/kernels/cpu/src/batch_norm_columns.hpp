@@ -17,15 +17,18 @@ struct Tiles {
     template <class T>
     static Tiles of(const Volume& v) {
         Tiles t{v.n, v.c, v.s};
-        const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s);
-        const int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
-        // the rows of a tile would share their places in the cache, so that it would not hold them
-        const bool crowded = row * sizeof(T) % 4096 == 0 && v.size() * sizeof(T) <= (4 << 20);
-        if (!crowded && (columns >= 64 || columns >= row))
+        const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s), size = t.rows * row;
+        const bool is_small = size <= 32 * cache;
+        int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
+        // Out of the third-level cache, wide tiles are read faster than narrow ones are read again.
+        if (is_small) columns = std::max(columns, std::clamp<int64_t>(row / 4, 64, 2048 / sizeof(T)));
+        const bool is_one_tile = columns >= row;
+        if (is_one_tile ? size <= 2 * cache : columns >= 64)
             // eight channels, so that a tile begins with a byte of the mask
             t.channels_per_tile = std::max<int64_t>(1, columns / std::max<int64_t>(1, 8 * v.s)) * 8;
         else
-            t.row_blocks = std::clamp<int64_t>(t.rows * row / (8 * cache), 1, std::clamp<int64_t>(t.rows, 1, 32));
+            t.row_blocks =
+                std::clamp<int64_t>(size / (is_small ? 2 * cache : 8 * cache), 1, std::clamp<int64_t>(t.rows, 1, 32));
         return t;
     }
 
