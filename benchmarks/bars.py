@@ -117,7 +117,9 @@ def verdicts(results: dict[str, Any], sweep: dict[str, Any] | None) -> Iterator[
         yield Verdict(name, "none, or the reason", None, "not measured")
     else:
         cliffs = sweep["cliffs"]
-        yield Verdict(name, "none, or the reason", not cliffs, f"{len(cliffs)} of {len(sweep['points'])} points")
+        without = [cliff for cliff in cliffs if not cliff["reason"]]
+        found = f"{len(cliffs)} of {len(sweep['points'])} points, {len(without)} of them without a reason"
+        yield Verdict(name, "none, or the reason", not without, found)
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -139,7 +139,7 @@ def _sweep(sweep: dict[str, Any]) -> Iterator[str]:
         f"half as fast as a neighbour was timed again, in turns with it: {len(cliffs)} stayed."
     )
     yield ""
-    head = ("norm", "op", "shape", "thr", "GB/s", "faster neighbour", "GB/s", "times")
+    head = ("norm", "op", "shape", "thr", "GB/s", "faster neighbour", "GB/s", "times", "reason")
     rows = (
         (
             cliff["norm"],
@@ -150,8 +150,9 @@ def _sweep(sweep: dict[str, Any]) -> Iterator[str]:
             "x".join(map(str, cliff["neighbour"])),
             f"{cliff['neighbour GB/s']:.2f}",
             f"{cliff['times']:.1f}",
+            cliff["reason"] or "none known",
         )
-        for cliff in cliffs
+        for cliff in sorted(cliffs, key=lambda cliff: bool(cliff["reason"]))
     )
     if cliffs:
         yield from _table(head, rows)

@@ -27,6 +27,7 @@ CHANNELS = (1, 2, *(2 * 4**i for i in range(1, 7)))
 MOST_SPATIAL = 1 << 20
 CLIFF = 2.0
 GROUPS = 8  # or the largest divisor of it that divides the channels
+SHORT = 512  # elements of a set or of a run that its fixed cost, some 30 to 150 ns, weighs on
 
 _PLANES, _ROWS = ("batch_norm", "instance_norm", "group_norm"), ("layer_norm", "rms_norm")
 _OPS = ("forward", "backward")
@@ -39,6 +40,18 @@ class Point(NamedTuple):
     place: tuple[int, int, bool]
     """Steps of batch and of channels, and whether it is the odd twin."""
     shape: tuple[int, int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Those of x and y; or of dy, x and dx."""
+        return math.prod(self.shape) * 4 * (2 if self.op == "forward" else 3)
+
+    @property
+    def sets(self) -> int:
+        """How many means there are."""
+        n, c, _ = self.shape
+        groups = {"batch_norm": c, "instance_norm": n * c, "group_norm": n * math.gcd(GROUPS, c)}
+        return groups.get(self.norm, n)
 
 
 def measure(options: argparse.Namespace, copy: Copy) -> dict[str, Any]:
@@ -116,13 +129,10 @@ class _Arrays:
 
 
 def _rates(points: dict[str, Point], arrays: _Arrays, budget: float) -> dict[str, float]:
-    """GB/s: x and y; or dy, x and dx."""
+    """GB/s."""
     times = interleave({name: arrays.call(point) for name, point in points.items()}, next(iter(points)), budget=budget)
     found = times.summary()
-    return {
-        name: math.prod(point.shape) * 4 * (2 if point.op == "forward" else 3) / found[name]["median"] / 1e9
-        for name, point in points.items()
-    }
+    return {name: point.bytes / found[name]["median"] / 1e9 for name, point in points.items()}
 
 
 def _confirmed(rates: dict[Point, float], arrays: _Arrays, budget: float) -> Iterator[dict[str, Any]]:
@@ -137,6 +147,7 @@ def _confirmed(rates: dict[Point, float], arrays: _Arrays, budget: float) -> Ite
         times = again["neighbour"] / again["it"]
         if times >= CLIFF:
             yield {
+                "reason": _reason(point, point.bytes / again["it"]),
                 "norm": point.norm,
                 "op": point.op,
                 "shape": list(point.shape),
@@ -145,6 +156,17 @@ def _confirmed(rates: dict[Point, float], arrays: _Arrays, budget: float) -> Ite
                 "neighbour GB/s": again["neighbour"],
                 "times": times,
             }
+
+
+def _reason(point: Point, nanoseconds: float) -> str:
+    """Why a point is slow, where that can't be helped: what has a fixed cost is short in it."""
+    size, run = math.prod(point.shape) // point.sets, point.shape[2]
+    if size < SHORT:
+        return f"sets of {size}: {nanoseconds / point.sets:.0f} ns for each, most of it for its statistics"
+    if point.norm not in _ROWS and run < SHORT:
+        runs = math.prod(point.shape) // run
+        return f"runs of {run}: {nanoseconds / runs:.0f} ns for each"
+    return ""
 
 
 def _neighbours(place: tuple[int, int, bool]) -> Iterator[tuple[int, int, bool]]:

@@ -291,7 +291,8 @@ def measured(bench: Any, ratio: float, fraction: float = 1.0) -> dict[str, Any]:
 
 def test_every_bar_has_cases_that_decide_it(bench: Any) -> None:
     for ratio, met in ((100.0, True), (0.9, False)):
-        found = list(bench("bars").verdicts(measured(bench, ratio, ratio / 2), {"cliffs": [1][met:], "points": [1]}))
+        cliffs = [{"reason": "short sets"}, {"reason": ""}][: 2 - met]
+        found = list(bench("bars").verdicts(measured(bench, ratio, ratio / 2), {"cliffs": cliffs, "points": [1]}))
         assert len(found) == len(bench("bars").BARS) + 7
         assert [verdict.bar for verdict in found if verdict.met is not met] == []
 
@@ -320,3 +321,19 @@ def test_a_cliff_is_found_and_timed_again_beside_its_neighbour(bench: Any, monke
     (cliff,) = sweep._confirmed(rates, None, 0.1)  # the other one was noise
     assert cliff["shape"] == [64, 16, 1]
     assert cliff["times"] == 2.5
+    assert cliff["reason"] == "sets of 16: 32 ns for each, most of it for its statistics"
+
+
+def test_only_what_is_short_is_a_reason_for_a_cliff(bench: Any) -> None:
+    sweep = bench("shape_sweep")
+    reasons = {
+        ("batch_norm", (1023, 2, 127)): "runs of 127: 10 ns for each",
+        ("batch_norm", (4, 64, 64)): "sets of 256: 320 ns for each, most of it for its statistics",
+        ("instance_norm", (4, 64, 4096)): "",
+        ("group_norm", (4, 64, 4096)): "",
+        ("layer_norm", (64, 4096, 1)): "",
+        ("rms_norm", (64, 255, 1)): "sets of 255: 320 ns for each, most of it for its statistics",
+    }
+    for (norm, shape), reason in reasons.items():
+        point = sweep.Point(norm, "forward", 0, (0, 0, False), shape)
+        assert sweep._reason(point, 20480.0) == reason

@@ -148,8 +148,8 @@ def test_any_number_of_threads_gives_the_same_levels(op, shape, dtype):
     assert len(found) == 1
 
 
-# Lines (a, b) per channel: easy ones; exact ties, which float64 rounds on the way; next to a tie, on either side, and in
-# one channel on both; and what floats can't hold.
+# Lines (a, b) per channel: easy ones; exact ties, which float64 rounds on the way; next to a tie, on either side; and
+# what floats can't hold.
 _LINES = [(0.7, 0.3), (-1.3, 0.1), (1.0, 0.0), (0.32, 0.02), (0.4, 0.02 + 1e-9), (0.4, 0.02 - 1e-9), (0.0, 0.06)]
 _LINES += [(0.8 * (1 + 1e-8), 0.02), (1e-300, 1e-300), (1e12, 5e13), (1e-12, -1e30), (1e300, -1e300)]
 

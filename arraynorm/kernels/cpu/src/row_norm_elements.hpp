@@ -130,13 +130,18 @@ void forward_elements(const RowNormForward& call) {
             });
         return;
     }
-    const int64_t bundle = rows_in_cache<T>(rows.channels, 4);
+    // Of short rows more than of long ones: the divisions and the root of one wait for its sums, not for those of
+    // others.
+    constexpr int64_t most = 16;
+    const int64_t bundle = rows_in_cache<T>(rows.channels, rows.channels <= 256 ? most : 4);
     const int64_t share = std::max<int64_t>(1, rows.count() / (8 * num_threads()));
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
         const int64_t end = std::min(rows.count(), (item + 1) * share);
+        Moments found[most];
         for (int64_t row = item * share; row < end; row += bundle) {
             const int64_t number = std::min(bundle, end - row);
-            for (int64_t r = row; r < row + number; ++r) keep(r, reduce(r, 0));
+            for (int64_t k = 0; k < number; ++k) found[k] = reduce(row + k, 0);
+            for (int64_t k = 0; k < number; ++k) keep(row + k, found[k]);
             for (int64_t first = 0; first < rows.channels; first += segment)
                 for (int64_t r = row; r < row + number; ++r)
                     write(r, first, std::min(segment, rows.channels - first), r + bundle < end ? bundle : 0);

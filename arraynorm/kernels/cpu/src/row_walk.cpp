@@ -1,12 +1,11 @@
 #include "row_walk.hpp"
 
+#include "walk.hpp"
+
 namespace arraynorm {
 namespace {
 
 using Layout = Rows::Layout;
-
-// Runs smaller than this are walked as elements, each with parameters of its own, where they lie side by side.
-constexpr int64_t small_run = 64;
 
 // Runs smaller than this are not worth walking one by one: a copy in order is faster.
 constexpr int64_t tiny_run = 8;
@@ -69,7 +68,7 @@ std::optional<WalkedRows> WalkedRows::of_samples(PyArrayObject* x, int64_t group
         return walked.tensor(x) ? std::optional(walked) : std::nullopt;
     };
     if (n * spatial * c == 0) return fits(Layout::elements, channels * spatial, 1, 1, spatial);
-    if (spatial < small_run)
+    if (are_short_runs(n, spatial))
         if (auto walked = fits(Layout::elements, channels * spatial, 1, 1, spatial)) return walked;
     if (spatial >= tiny_run)
         if (auto walked = fits(Layout::planes, channels, spatial, 1, 1)) return walked;

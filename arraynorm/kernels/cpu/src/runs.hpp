@@ -190,15 +190,18 @@ inline int64_t number_of_pivots(int64_t n) {
 template <class T>
 inline double pivot_of(const T* x, int64_t n) {
     const int64_t number = number_of_pivots(n);
-    double sum = 0;
-    for (int64_t i = 0; i < number; ++i) sum += double(to_float(x[i]));
-    sum /= double(number);
+    double mean = 0;
+    if (number == lanes)
+        mean = sum(load<Computation<T>>(x));
+    else
+        for (int64_t i = 0; i < number; ++i) mean += double(to_float(x[i]));
+    mean /= double(number);
     if constexpr (sizeof(T) == 2) {
         T stored[lanes];
-        store(stored, Pack<float>(float(sum)));
+        store(stored, Pack<float>(float(mean)));
         return to_float(stored[0]);
     } else {
-        return double(T(sum));
+        return double(T(mean));
     }
 }
 

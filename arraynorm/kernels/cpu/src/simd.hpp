@@ -99,14 +99,6 @@ template <class E>
     return c;
 }
 
-// The sum of the eight elements, in double, always in the same order.
-template <class E>
-[[gnu::always_inline]] inline double sum(Pack<E> a) {
-    E v[lanes];
-    std::memcpy(v, &a, sizeof v);
-    return ((double(v[0]) + v[4]) + (double(v[2]) + v[6])) + ((double(v[1]) + v[5]) + (double(v[3]) + v[7]));
-}
-
 // -- conversions between the computation types ----------------------------------------------------------------
 
 typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
@@ -149,6 +141,21 @@ typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
     }
 #endif
     return r;
+}
+
+// The sum of the eight elements, in double, always in the same order.
+template <class E>
+[[gnu::always_inline]] inline double sum(Pack<E> a) {
+    const Pack<double> wide = widened(a);
+#if defined(__AVX__)
+    const __m256d fours = wide.part[0] + wide.part[1];
+    const __m128d twos = _mm256_castpd256_pd128(fours) + _mm256_extractf128_pd(fours, 1);
+    return twos[0] + twos[1];
+#else
+    double v[lanes];
+    std::memcpy(v, &wide, sizeof v);
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 
 // -- the two 16-bit formats -----------------------------------------------------------------------------------

@@ -3,10 +3,6 @@
 namespace arraynorm {
 namespace {
 
-// Planes as small as this, of that many samples, are walked as rows where they lie side by side. With fewer samples the
-// bookkeeping of a column outweighs that of a short run.
-bool are_rows(int64_t n, int64_t s) { return s < 64 && n >= 16; }
-
 Volume volume_of(Walk walk, int64_t n, int64_t c, int64_t s) {
     using Layout = Volume::Layout;
     switch (walk) {
@@ -78,7 +74,7 @@ std::optional<Walked> Walked::of(PyArrayObject* x, bool with_mask) {
             if (auto walked = fits(Walk::samples)) return walked;
         return {};
     }
-    if (are_rows(n, s))
+    if (are_short_runs(n, s))
         if (auto walked = fits(Walk::small_planes)) return walked;
     if (auto walked = fits(Walk::planes)) return walked;
     if (!with_mask)
@@ -87,10 +83,10 @@ std::optional<Walked> Walked::of(PyArrayObject* x, bool with_mask) {
 }
 
 Volume volume_in_c_order(int64_t n, int64_t c, int64_t s) {
-    const Walk walk = c == 1           ? Walk::one_channel
-                      : s == 1         ? Walk::rows
-                      : are_rows(n, s) ? Walk::small_planes
-                                       : Walk::planes;
+    const Walk walk = c == 1                 ? Walk::one_channel
+                      : s == 1               ? Walk::rows
+                      : are_short_runs(n, s) ? Walk::small_planes
+                                             : Walk::planes;
     return volume_of(walk, n, c, s);
 }
 
