@@ -66,6 +66,9 @@ class FrozenBatchNormCache(NamedTuple):
 # -- batch statistics ------------------------------------------------------------------------------------------
 
 
+_cache_of = BatchNormCache._make  # takes half of the time of the class itself: a fifth of a small call
+
+
 def batch_norm(
     x: Array,
     weight: Array | None = None,
@@ -202,8 +205,8 @@ def _forward(
     if comm is None:
         made = kernels.batch_norm_forward.direct(x, weight, bias, axis, eps, out)
         if made is not None:
-            y, mean, var, rstd, count, axis = made
-            return y, BatchNormCache(x, weight, bias, mean, var, rstd, count, axis, None)
+            y, kept = made
+            return y, _cache_of(kept)
     _check.communicator(function, comm)
     with agreement(comm) as fields:
         axis, eps = check_channels(function, x, weight, bias, axis, eps)

@@ -31,6 +31,9 @@ class LayerNormCache(NamedTuple):
         return LayerNormCache(*_array.moved_fields(self, xp))
 
 
+_cache_of = LayerNormCache._make  # takes half of the time of the class itself: a fifth of a small call
+
+
 def layer_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -140,8 +143,8 @@ def _forward(
     function = "layer_norm"
     made = forward_kernel.direct(x, normalized_shape, weight, bias, eps, out)
     if made is not None:
-        y, mean, rstd, shape = made
-        return y, LayerNormCache(x, weight, bias, mean, rstd, shape)
+        y, kept = made
+        return y, _cache_of(kept)
     normalized_shape = check_rows(function, x, normalized_shape, weight=weight, bias=bias)
     check_output(function, out, x, (weight, bias), keep=keep)
     eps = _check.epsilon(function, eps)

@@ -28,6 +28,9 @@ class RMSNormCache(NamedTuple):
         return RMSNormCache(*_array.moved_fields(self, xp))
 
 
+_cache_of = RMSNormCache._make  # takes half of the time of the class itself: a fifth of a small call
+
+
 def rms_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -132,8 +135,8 @@ def _forward(
     function = "rms_norm"
     made = forward_kernel.direct(x, normalized_shape, weight, eps, out)
     if made is not None:
-        y, rstd, shape = made
-        return y, RMSNormCache(x, weight, rstd, shape)
+        y, kept = made
+        return y, _cache_of(kept)
     normalized_shape = check_rows(function, x, normalized_shape, weight=weight)
     check_output(function, out, x, (weight,), keep=keep)
     if eps is None:

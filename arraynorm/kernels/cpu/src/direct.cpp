@@ -3,7 +3,7 @@
 // A layer of a thousand numbers is computed in less than a microsecond, and a check in Python takes a tenth of one. So
 // the functional layer asks here first. Whatever is not plain (another type, strides, something wrong) is answered with
 // None, and is then checked, refused in words, or computed step by step. Nothing is decided here but that a call is in
-// order.
+// order. A forward answers with y and the fields of its cache, a backward with the gradients.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -81,6 +81,9 @@ Ref output(PyObject* out, PyArrayObject* x, const std::vector<const void*>& besi
     }
     return Ref::borrowed(out);
 }
+
+// One more reference.
+PyObject* again(PyObject* argument) { return Ref::borrowed(argument).release(); }
 
 double plain_epsilon(PyObject* argument) {
     require(PyFloat_CheckExact(argument));
@@ -186,7 +189,9 @@ PyObject* batch_norm_forward(Arguments a) {
         const int64_t n = PyArray_SIZE(x) / c;
         for (npy_intp i = 0; i < c; ++i) call.m2[i] /= double(n);
         Ref count = Ref::checked(PyLong_FromLongLong(n)), axis = Ref::checked(PyLong_FromLong(channels.axis));
-        return tuple({y.release(), mean.release(), var.release(), rstd.release(), count.release(), axis.release()});
+        Ref fields(tuple({again(a[0]), again(a[1]), again(a[2]), mean.release(), var.release(), rstd.release(),
+                          count.release(), axis.release(), none()}));
+        return tuple({y.release(), fields.release()});
     });
 }
 
@@ -275,8 +280,10 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     }
     Ref shape = PyTuple_CheckExact(normalized_shape) ? Ref::borrowed(normalized_shape)
                                                      : Ref::checked(PyTuple_Pack(1, normalized_shape));
-    if (!bias_argument) return tuple({y.release(), rstd.release(), shape.release()});
-    return tuple({y.release(), mean.release(), rstd.release(), shape.release()});
+    Ref fields(bias_argument ? tuple({again(x_argument), again(weight_argument), again(bias_argument), mean.release(),
+                                      rstd.release(), shape.release()})
+                             : tuple({again(x_argument), again(weight_argument), rstd.release(), shape.release()}));
+    return tuple({y.release(), fields.release()});
 }
 
 PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObject* weight_argument,
