@@ -1,9 +1,10 @@
 // Eight elements at a time: a Pack of a computation type (float or double), loaded from and stored to any of the four
-// storage types. The only file that knows of registers; everything above it is plain arithmetic on packs.
+// storage types, and 8-bit integers. The only file that knows of registers; everything above it is plain arithmetic on
+// packs.
 //
 // Compiled once per ISA level, in a namespace of its own (ARRAYNORM_ISA). Registers are GCC and Clang vector types,
-// which exist on every architecture; intrinsics stand only where those have no words: fused multiply-add, stores that
-// bypass the cache, half precision, and collecting signs into bits.
+// which exist on every architecture; intrinsics stand only where those have no words, or GCC makes much of few: fused
+// multiply-add, conversions, stores that bypass the cache, parts of packs, and collecting signs into bits.
 #pragma once
 
 #include <algorithm>
