@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import struct
 from collections.abc import Mapping
 
@@ -36,7 +37,7 @@ def _first(packed: bytes) -> tuple[Field, bytes]:
     return number, packed[8:]
 
 
-@functools.lru_cache(maxsize=1024, typed=True)  # a layer says the same in every step; 1 is not 1.0
+@functools.lru_cache(maxsize=1024)  # a layer says the same in every step
 def _packed_all(*names_and_values: Field) -> bytes:
     half = len(names_and_values) // 2
     pairs = zip(names_and_values[:half], names_and_values[half:], strict=True)
@@ -47,6 +48,7 @@ def _packed(item: Field) -> bytes:
     if isinstance(item, str):
         text = item.encode()
         return b"s" + struct.pack("<I", len(text)) + text
-    if isinstance(item, int):
-        return b"i" + struct.pack("<q", item)
-    return b"d" + struct.pack("<d", item + 0.0)  # -0.0, which is equal to 0.0, is packed as that
+    # What is equal is packed alike, as the cache has it too: 1.0 and True as 1, and -0.0 as 0.
+    if math.isfinite(item) and item == int(item) and abs(item) < 2**63:
+        return b"i" + struct.pack("<q", int(item))
+    return b"d" + struct.pack("<d", item)

@@ -29,7 +29,7 @@ from mpi4py import MPI
 import arraynorm as an
 from arraynorm import _fields
 from arraynorm.distributed import MPICommunicator
-from arraynorm.distributed._moments import merge, unpacked
+from arraynorm.distributed._communicator import _payloads
 
 CHANNELS = (64, 256, 1024, 4096)
 MERGED_RANKS = (2, 4, 8, 16)
@@ -112,7 +112,8 @@ def alone(turns: int, repeats: int) -> list[dict[str, Any]]:
 def _merge(channels: int, ranks: int) -> Call:
     table = np.ones((ranks, 2 * channels + 1))
     table[:, 1] = np.arange(ranks)
-    return lambda: merge(map(unpacked, table))
+    rows = list(table)
+    return lambda: _payloads.merge_moments(rows)
 
 
 # -- a training step -------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ CALLS = ("forward", "backward", "forward by sums", "backward by sums")
 # 100 Gbit/s are 12.5 bytes in a nanosecond.
 NETWORK = {"alpha us": 2.0, "beta us": 1e-3 / 12.5}
 
+MOST_RANKS = 4096
+
 
 class Alone(NamedTuple):
     """What one rank spends on its own: (fixed, per channel) of each call, and of one more rank in the merge."""
@@ -115,14 +117,15 @@ def predicted(constants: dict[str, Any], network: dict[str, float], call: str, r
     return alone.us(call, ranks, channels) + network["alpha us"] * rounds + network["beta us"] * sent
 
 
-def crossing(constants: dict[str, Any], network: dict[str, float], channels: int) -> int:
-    """The number of ranks from which two sums are faster than gathering."""
-    return next(
+def crossing(constants: dict[str, Any], network: dict[str, float], channels: int) -> int | None:
+    """The number of ranks from which two sums are faster than gathering; None where it is beyond MOST_RANKS."""
+    faster = (
         ranks
-        for ranks in range(2, 4096)
+        for ranks in range(2, MOST_RANKS + 1)
         if predicted(constants, network, "forward by sums", ranks, channels)
         < predicted(constants, network, "forward", ranks, channels)
     )
+    return next(faster, None)
 
 
 def main() -> None:
@@ -139,7 +142,7 @@ def main() -> None:
     model = next(constants for constants in fits if not constants["oversubscribed"])
     print(f"alone, {model['mpi']}: {model['alone us']}; one more rank in the merge: {model['merge us']}")
     print(f"on a network of {NETWORK}, assumed; us by the model")
-    for ranks in (2, 16, 64, 4096):
+    for ranks in (2, 16, 64, MOST_RANKS):
         for channels in (64, 1024, 4096):
             us = {call: round(predicted(model, NETWORK, call, ranks, channels)) for call in CALLS}
             print(f"P = {ranks:4d}, C = {channels:4d}: {us}")

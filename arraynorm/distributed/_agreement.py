@@ -18,7 +18,6 @@ import numpy as np
 from arraynorm import _fields
 from arraynorm.distributed._errors import SyncMismatchError
 
-Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -37,18 +36,15 @@ _CONSEQUENCE = "elements"  # of the payload: follows from the rest
 
 
 def write_head(
-    head: Float64Array, fields: bytes, error: BaseException | None, number: int, step: int, elements: int
+    head: memoryview, fields: bytes, error: BaseException | None, number: int, step: int, elements: int
 ) -> None:
     """Put what a rank says of its call at the head of the row that it is about to send."""
-    _pack_head(head.data, 0, _FAILED if error else _hash(fields), number, step, elements)
+    _pack_head(head, 0, _FAILED if error else _hash(fields), number, step, elements)
 
 
-def agree_by_heads(heads: Sequence[Float64Array], rank: int, error: BaseException | None) -> bool:
-    """Whether all ranks have sent the same head as this one, and none has failed."""
-    if error is not None:
-        return False
-    said = heads[rank].tobytes()
-    return all(head.tobytes() == said for head in heads)
+def agree_by_heads(heads: Sequence[memoryview], error: BaseException | None) -> bool:
+    """Whether all ranks have sent the same head, and this one has not failed."""
+    return error is None and b"".join(heads) == bytes(heads[0]) * len(heads)
 
 
 def agree_by_maximum(

@@ -13,12 +13,13 @@ from typing import Any, Self
 import numpy as np
 
 from arraynorm import _fields
-from arraynorm.distributed import _agreement
+from arraynorm.distributed import _agreement, _moments
 from arraynorm.distributed._agreement import HEAD
 from arraynorm.distributed._errors import SyncError, SyncMismatchError
-from arraynorm.distributed._moments import Float64Array, merge, merge_by_sums, unpacked
-from arraynorm.distributed._rows import Row, row_capacity
+from arraynorm.distributed._moments import Float64Array, Moments, merge_by_sums, unpacked
+from arraynorm.distributed._rows import Row, Rows, row_capacity
 from arraynorm.distributed._staging import Staging
+from arraynorm.kernels.cpu import native
 from arraynorm.typing import Array
 
 MAX_GATHERED_RANKS = 16
@@ -26,6 +27,8 @@ MAX_GATHERED_RANKS = 16
 
 Measured with 2 to 16 ranks and 64 to 4096 channels, and by the cost model for a network of 5 us: docs/cost_model.md.
 """
+
+_payloads: Any = _moments if native is None else native
 
 _UNANNOUNCED = _fields.pack({"operation": "a payload that no agree announced"})
 
@@ -91,11 +94,11 @@ class HostCommunicator(abc.ABC):
 
     def _row(self, length: int) -> Row:
         """A row to be written and swapped."""
-        return Row.cut(np.empty(length))
+        return Row(np.empty(length))
 
     @abc.abstractmethod
-    def _swap(self, row: Row) -> list[Row]:
-        """The rows of all ranks, which may differ in length; good until the next swap."""
+    def _swap(self, row: Row) -> Rows:
+        """The rows of all ranks; good until the next swap."""
 
     @abc.abstractmethod
     def _maximum(self, a: Any) -> Any:
@@ -117,37 +120,42 @@ class HostCommunicator(abc.ABC):
 
     def agree(self, fields: bytes, error: BaseException | None = None) -> None:
         """See `arraynorm.typing.Communicator.agree`."""
-        self._turn.take()
+        turn = self._turn
+        turn.take()
         try:
-            if self._turn.skip_payload() and not (self._is_announced and self.validate):
-                # An exception kept this rank from it: the peers wait there, not in a round.
-                self._broken = self._broken or f"{self} did not come to the payload of {self._call()}"
+            if turn.payload_is_due:
+                turn.skip_payload()
+                if not (self._is_announced and self.validate):
+                    # An exception kept this rank from it: the peers wait there, not in a round.
+                    self._broken = self._broken or f"{self} did not come to the payload of {self._call()}"
             self._said = fields if error is None else None
             self._is_announced = True
             if error is not None or not self._gathers:
                 self._meet(error)
         except BaseException as reason:
             self._break(reason)
-            self._turn.release()
+            turn.release()
             raise
-        self._turn.keep_for_payload()
+        turn.payload_is_due = True
 
     def merge_moments(self, n: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
         """See `arraynorm.typing.Communicator.merge_moments`."""
         with self._turn:
             if self._gathers:
-                parts = [(int(row.n[0]), row.mean, row.m2) for row in self._gathered([n], mean, m2)]
-                n, merged_mean, merged_m2 = self._silently(merge, parts)
+                merged: Moments = self._silently(_payloads.merge_moments, self._gathered([n], mean, m2))
             else:
                 message = self._staging.host_message([n], mean, m2)
-                n, merged_mean, merged_m2 = self._silently(merge_by_sums, unpacked(message), self._sum)
+                merged = self._silently(merge_by_sums, unpacked(message), self._sum)
+            if type(mean) is np.ndarray:
+                return merged
+            n, merged_mean, merged_m2 = merged
             return n, self._staging.like(mean, merged_mean), self._staging.like(m2, merged_m2)
 
     def allreduce_sum(self, a: Array) -> Array:
         """See `arraynorm.typing.Communicator.allreduce_sum`."""
         with self._turn:
             if self._gathers:
-                total = self._silently(_added, [row.payload for row in self._gathered([], a)])
+                total = self._silently(_payloads.add_payloads, self._gathered([], a))
             else:
                 total = self._silently(self._sum, self._staging.host_message([], a))
             return self._staging.like(a, total.reshape(a.shape))
@@ -158,16 +166,22 @@ class HostCommunicator(abc.ABC):
     def _gathers(self) -> bool:
         return self.size <= self.max_gathered_ranks
 
-    def _gathered(self, head: Sequence[float], *arrays: Array) -> list[Row]:
+    @functools.cached_property
+    def _row_capacity(self) -> int:
+        return row_capacity(self.size)
+
+    def _gathered(self, head: Sequence[float], *arrays: Array) -> list[Float64Array]:
         """The payloads [*head, *arrays] of all ranks, on the host: views that are good until the next call."""
-        length = HEAD + len(head) + sum(array.size for array in arrays)
-        if length > row_capacity(self.size) or self._staging.sends_device_memory(arrays[0]):
+        length = HEAD + len(head)
+        for array in arrays:
+            length += array.size
+        staging = self._staging
+        if length > self._row_capacity or (staging.cuda_aware and staging.sends_device_memory(arrays[0])):
             if self._is_announced:
                 self._meet()
-            gathered = self._staging.gathered(self._gather(self._staging.message(head, *arrays)))
-            return [Row.of(payload) for payload in gathered]
+            return list(staging.gathered(self._gather(staging.message(head, *arrays))))
         row = self._row(length)
-        self._staging.write(row, head, *arrays)
+        _payloads.pack_payload(row.payload, *head, *staging.on_host(arrays))
         return self._compared(row)
 
     def _meet(self, error: BaseException | None = None) -> None:
@@ -181,14 +195,14 @@ class HostCommunicator(abc.ABC):
             if not _agreement.agree_by_maximum(fields, error, self._rounds, self._steps, self._maximum):
                 raise self._disagreement(fields, error) from error
 
-    def _compared(self, row: Row, error: BaseException | None = None) -> list[Row]:
-        """The rows of all ranks, once their heads were found to be equal."""
+    def _compared(self, row: Row, error: BaseException | None = None) -> list[Float64Array]:
+        """The payloads of all ranks, once the heads of their rows were found to be equal."""
         fields = self._take_announced()
         _agreement.write_head(row.head, fields, error, self._rounds, self._steps, len(row.payload))
         rows = self._swap(row)
-        if self.validate and not _agreement.agree_by_heads([row.head for row in rows], self.rank, error):
+        if self.validate and not _agreement.agree_by_heads(rows.heads, error):
             raise self._disagreement(fields, error, elements=len(row.payload)) from error
-        return rows
+        return rows.payloads
 
     def _disagreement(self, fields: bytes, error: BaseException | None, **numbers: int) -> SyncMismatchError:
         numbers = {"round": self._rounds, "step": self._steps, **numbers}
@@ -275,53 +289,37 @@ class HostCommunicator(abc.ABC):
         raise TypeError(f"{type(self).__name__}: a communicator cannot be pickled")
 
 
-def _added(vectors: Sequence[Float64Array]) -> Float64Array:
-    """Their sum, in their order."""
-    first, *rest = vectors
-    total = first.copy()
-    for vector in rest:
-        total += vector
-    return total
-
-
 class _Turn:
     """The one thread that may send: from an agreement to the end of its payload no other comes between."""
 
     def __init__(self, whose: str, on_error: Callable[[BaseException], None]) -> None:
         self._whose = whose
         self._on_error = on_error
-        self._lock = threading.RLock()
+        lock = threading.RLock()
+        self._acquire, self.release = lock.acquire, lock.release
         self.payload_is_due = False
+        """The turn is kept for the payload of a call that was agreed on or announced."""
 
     def take(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._acquire(False):
             raise RuntimeError(
                 f"{self._whose}: entered from two threads at once, whose messages would mix; make one "
                 "communicator per thread, in the same order on every rank"
             )
 
-    def release(self) -> None:
-        self._lock.release()
+    def skip_payload(self) -> None:
+        """Give up the turn that was kept."""
+        self.payload_is_due = False
+        self.release()
 
-    def keep_for_payload(self) -> None:
-        """The turn was taken for a call that was agreed on or announced; its payload is to come."""
-        self.payload_is_due = True
-
-    def skip_payload(self) -> bool:
-        """Give up the turn that was kept, if one was."""
-        was_due, self.payload_is_due = self.payload_is_due, False
-        if was_due:
-            self.release()
-        return was_due
-
-    def __enter__(self) -> None:  # for a payload
-        self.take()
+    __enter__ = take  # for a payload
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._on_error(error)
         self.release()
-        self.skip_payload()
+        if self.payload_is_due:
+            self.skip_payload()
 
 
 class SelfCommunicator(HostCommunicator):
@@ -335,8 +333,8 @@ class SelfCommunicator(HostCommunicator):
         if error is not None:
             raise error
 
-    def _swap(self, row: Row) -> list[Row]:
-        return [row]
+    def _swap(self, row: Row) -> Rows:
+        return Rows.of([row])
 
     def _maximum(self, a: Any) -> Any:
         return a

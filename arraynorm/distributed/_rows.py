@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,38 +22,41 @@ def row_capacity(size: int) -> int:
     return max(HEAD, min(_ROW, _ROWS // size))
 
 
-class Row(NamedTuple):
-    """One rank's row, and views of its parts: to make them takes as long as to work on them."""
+class Rows(NamedTuple):
+    """The parts of the rows of all ranks, which may differ in length."""
 
-    whole: Any
-    head: Any
-    payload: Any
-    n: Any
-    mean: Any
-    m2: Any
+    heads: list[memoryview]
+    payloads: list[Any]
 
     @classmethod
-    def cut(cls, whole: Any) -> Row:
-        return cls.of(whole[HEAD:])._replace(whole=whole, head=whole[:HEAD])
-
-    @classmethod
-    def of(cls, payload: Any) -> Row:
-        """What came without a head."""
-        channels = len(payload) // 2  # where it holds moments
-        return cls(None, None, payload, payload[:1], payload[1 : 1 + channels], payload[1 + channels :])
+    def of(cls, rows: Sequence[Row]) -> Rows:
+        return cls([row.head for row in rows], [row.payload for row in rows])
 
 
-class Swap(NamedTuple):
-    """One exchange of rows of one length."""
+class Row:
+    """One rank's row, and its parts: to cut them takes as long as to work on them."""
 
-    sends: list[Any]
-    requests: list[Any]
+    __slots__ = ("head", "payload", "whole")
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+        self.head = memoryview(whole[:HEAD]).cast("B")
+        self.payload = whole[HEAD:]
+
+
+class DirectRow(Row):
+    """This rank's row of one length, with what it takes to exchange it for those of the others."""
+
+    __slots__ = ("is_complete", "rows", "sends", "start")
+
+    start: Callable[[], None]
     is_complete: Callable[[], bool]
-    rows: list[Row]
+    rows: Rows
+    sends: list[Any]
 
 
-class DirectRows:
-    """The rows of all ranks, in memory that stays where it is.
+class DirectRows(dict[int, DirectRow]):
+    """Length -> this rank's row of that length; those of all ranks lie in memory that stays where it is.
 
     Persistent requests cost half of a nonblocking collective's time, which MPI libraries set up anew for every call,
     and one latency, not log2(size). A rank receives into the whole row, so that what its peers send may be shorter than
@@ -68,43 +71,30 @@ class DirectRows:
     """
 
     def __init__(self, mpi: Any, comm: Any) -> None:
+        super().__init__()
         self._mpi, self._comm = mpi, comm
         rank, size = comm.Get_rank(), comm.Get_size()
         self._table = np.zeros((size, row_capacity(size)))
         self._rank = rank
         self._peers = [(rank + distance) % size for distance in range(1, size)]
         self._receives = [comm.Recv_init([self._table[peer], mpi.DOUBLE], peer) for peer in self._peers]
-        self._swaps: dict[int, Swap] = {}
 
-    def own(self, length: int) -> Row:
-        """This rank's row, to be written before it is sent."""
-        row: Row = self._of(length).rows[self._rank]
-        return row
-
-    def start(self, length: int) -> Swap:
-        """Begin to send this rank's row of `length` elements, and to receive the others'."""
-        swap = self._of(length)
-        self._mpi.Prequest.Startall(swap.requests)
-        return swap
-
-    def _of(self, length: int) -> Swap:
-        return self._swaps.get(length) or self._set_up(length)
-
-    def _set_up(self, length: int) -> Swap:
-        if len(self._swaps) == _LENGTHS:
-            _free(self._swaps.pop(next(iter(self._swaps))).sends)
-        own = [self._table[self._rank, :length], self._mpi.DOUBLE]
-        sends = [self._comm.Send_init(own, peer) for peer in self._peers]
-        requests = self._receives + sends
-        is_complete = functools.partial(self._mpi.Prequest.Testall, requests)
-        self._swaps[length] = Swap(sends, requests, is_complete, list(map(Row.cut, self._table[:, :length])))
-        return self._swaps[length]
+    def __missing__(self, length: int) -> DirectRow:
+        if len(self) == _LENGTHS:
+            _free(self.pop(next(iter(self))).sends)
+        own = self[length] = DirectRow(self._table[self._rank, :length])
+        own.sends = [self._comm.Send_init([own.whole, self._mpi.DOUBLE], peer) for peer in self._peers]
+        requests = self._receives + own.sends
+        own.start = functools.partial(self._mpi.Prequest.Startall, requests)
+        own.is_complete = functools.partial(self._mpi.Prequest.Testall, requests)
+        own.rows = Rows.of([Row(whole) for whole in self._table[:, :length]])
+        return own
 
     def free(self) -> None:
-        """No more swaps are made."""
+        """No more rows are exchanged."""
         _free(self._receives)
-        for swap in self._swaps.values():
-            _free(swap.sends)
+        for row in self.values():
+            _free(row.sends)
 
 
 def _free(requests: list[Any]) -> None:

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from arraynorm import _array
-from arraynorm.distributed._rows import Row
+from arraynorm.distributed._moments import Float64Array
 from arraynorm.typing import Array
 
-Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 Route = Literal["host", "pinned", "device"]
 
 
@@ -55,22 +54,15 @@ class Staging:
 
     def host_message(self, head: Sequence[float], *arrays: Array) -> Float64Array:
         """[*head, *arrays] as one new float64 vector on the host."""
-        return np.concatenate([np.asarray(head, dtype=np.float64), *self._on_host(arrays)])
+        flat = [np.reshape(array, -1) for array in self.on_host(arrays)]
+        return np.concatenate([np.asarray(head, dtype=np.float64), *flat])
 
     def sends_device_memory(self, array: Array) -> bool:
         return self.cuda_aware and route(_array.library(array), True) == "device"
 
-    def write(self, row: Row, head: Sequence[float], *arrays: Array) -> None:
-        """Put [*head, *arrays], which are moments with a head and a sum without, into a row."""
-        flat = self._on_host(arrays)
-        if head:
-            row.n[0], row.mean[:], row.m2[:] = head[0], *flat
-        else:
-            row.payload[:] = flat[0]
-
     def gathered(self, messages: Any) -> Any:
         """What was gathered, on the host: a view that is good until the next call."""
-        return self._on_host([messages])[0].reshape(messages.shape)
+        return self.on_host([messages])[0].reshape(messages.shape)
 
     def like(self, array: Array, host: Float64Array) -> Array:
         """`host` in the library and on the device of `array`."""
@@ -88,12 +80,12 @@ class Staging:
             stream.synchronize()
         return result
 
-    def _on_host(self, arrays: Sequence[Array]) -> list[Any]:
-        """Flat host copies or views of arrays of one library."""
+    def on_host(self, arrays: Sequence[Array]) -> Sequence[Any]:
+        """Arrays of one library as NumPy arrays; those of CuPy are flat views, good until the next call."""
         if type(arrays[0]) is np.ndarray:
-            return [array.reshape(-1) for array in arrays]
+            return arrays
         if _array.library(arrays[0]) != "cupy":
-            return [_array.to_numpy(array).reshape(-1) for array in arrays]
+            return [_array.to_numpy(array) for array in arrays]
         with arrays[0].device:
             stream = _array.cupy().cuda.get_current_stream()
             ends = np.cumsum([array.size for array in arrays])

@@ -18,7 +18,7 @@ from arraynorm.distributed._communicator import MAX_GATHERED_RANKS, HostCommunic
 from arraynorm.distributed._errors import SyncError, SyncRankFailedError, SyncTimeoutError
 from arraynorm.distributed._job import abort_at_exit, goes_on_without_a_rank, need_not_abort
 from arraynorm.distributed._job import mpi as _mpi
-from arraynorm.distributed._rows import DirectRows, Row, Swap
+from arraynorm.distributed._rows import DirectRow, DirectRows, Rows
 from arraynorm.distributed._staging import Staging, empty
 
 # Polls without, then with a yield of the core, before the waiting rank sleeps between polls: a collective on one
@@ -160,20 +160,20 @@ class MPICommunicator(HostCommunicator):
     def size(self) -> int:
         return int(self._size)
 
-    def _row(self, length: int) -> Row:
+    def _row(self, length: int) -> DirectRow:
         if self._rows is None:
             self._rows = DirectRows(_mpi(), self._usable())
-        return self._rows.own(length)
+        return self._rows[length]
 
-    def _swap(self, row: Row) -> list[Row]:
+    def _swap(self, row: Any) -> Rows:
         self._usable()
-        rows: Any = self._rows
         try:
-            swap: Swap = rows.start(len(row.whole))
-            self._wait(swap.is_complete, rows)
+            row.start()
+            self._wait(row.is_complete, self._rows)
         except _mpi().Exception as error:
             raise self._failed(error) from error
-        return swap.rows
+        rows: Rows = row.rows
+        return rows
 
     def _maximum(self, a: Any) -> Any:
         greatest = np.empty_like(a)

@@ -12,7 +12,7 @@ import numpy as np
 from arraynorm import _check
 from arraynorm.distributed._communicator import HostCommunicator
 from arraynorm.distributed._errors import SyncTimeoutError
-from arraynorm.distributed._rows import Row
+from arraynorm.distributed._rows import Row, Rows
 
 T = TypeVar("T")
 
@@ -74,8 +74,8 @@ class ThreadCommunicator(HostCommunicator):
     def size(self) -> int:
         return self._group.size
 
-    def _swap(self, row: Row) -> list[Row]:
-        return self._exchange(row)
+    def _swap(self, row: Row) -> Rows:
+        return Rows.of(self._exchange(row))
 
     def _maximum(self, a: Any) -> Any:
         return self._gather(a).max(axis=0)

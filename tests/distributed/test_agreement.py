@@ -304,5 +304,19 @@ def test_fields_come_back_as_they_were_packed():
 
 
 def test_packed_fields_differ_where_the_settings_do():
-    pairs = [{"a": 1}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": 2}, {"a": 1, "b": 1}, {"ab": 1}, {"a": "b"}, {}]
+    pairs = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"b": 1}, {"a": 2}, {"a": 1, "b": 1}, {"ab": 1}, {"a": "b"}, {}]
     assert len({_fields.pack(pair) for pair in pairs}) == len(pairs)
+
+
+@pytest.mark.parametrize("equal", [(1, 1.0, True, np.float64(1)), (0, -0.0, False), (2**60, 2.0**60), (2**70, 2.0**70)])
+def test_packed_fields_are_equal_where_the_settings_are(equal):
+    _fields._packed_all.cache_clear()
+    assert len({_fields.pack({"a": value}) for value in equal}) == 1
+    for value in equal:
+        _fields._packed_all.cache_clear()
+        assert _fields.unpack(_fields.pack({"a": value})) == {"a": equal[0]}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinite_fields_come_back(value):
+    assert _fields.unpack(_fields.pack({"a": value})) == {"a": value}

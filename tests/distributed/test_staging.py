@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arraynorm.distributed._communicator import HostCommunicator
+from arraynorm.distributed._rows import Rows
 from arraynorm.distributed._staging import Staging, empty, route
 from distributed.imitation_cupy import ImitationCuPy
 
@@ -35,7 +36,7 @@ class Recorder(HostCommunicator):
 
     def _swap(self, row):
         self.sent.append(row.whole)
-        return [row, row]
+        return Rows.of([row, row])
 
     def _gather(self, a):
         self.sent.append(a)

@@ -12,6 +12,9 @@ using Arguments = PyObject* const*;
 // One function for each specialised kernel, with the reference's parameters; NotImplemented declines.
 extern PyMethodDef batch_norm_methods[], row_norm_methods[], quantized_batch_norm_methods[];
 
+// For arraynorm.distributed: see moments.cpp.
+extern PyMethodDef moments_methods[];
+
 // direct_NAME for some of them: see direct.cpp.
 extern PyMethodDef direct_methods[];
 
