@@ -95,8 +95,18 @@ def _collectives(world: Any, channels: int) -> dict[str, Call]:
 def _agree(comm: MPICommunicator, channels: int) -> None:
     """What a layer says of its forward, packed."""
     layer = _fields.pack({"layer": "SyncBatchNorm", "name": "", "index": 3, "momentum": 0.1})
-    call = {"operation": "batch_norm", "channels": channels, "axis": 1, "dtype": "float32", "ndim": 4, "eps": 1e-5}
-    comm.agree(layer + _fields.pack({**call, "weight": True, "bias": True, "cache": True}))
+    call = {
+        "operation": "batch_norm",
+        "channels": channels,
+        "axis": 1,
+        "dtype": "float32",
+        "ndim": 4,
+        "eps": 1e-5,
+        "weight": True,
+        "bias": True,
+        "cache": True,
+    }
+    comm.agree(layer + _fields.pack(call))
 
 
 def alone(turns: int, repeats: int) -> list[dict[str, Any]]:

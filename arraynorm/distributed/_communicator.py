@@ -180,28 +180,30 @@ class HostCommunicator(abc.ABC):
             if self._is_announced:
                 self._meet()
             return list(staging.gathered(self._gather(staging.message(head, *arrays))))
-        row = self._row(length)
-        _payloads.pack_payload(row.payload, *head, *staging.on_host(arrays))
-        return self._compared(row)
+        return self._compared(length, None, *head, *staging.on_host(arrays))
 
     def _meet(self, error: BaseException | None = None) -> None:
         """Make the round that was announced, without a payload."""
         if not self.validate:
             self._is_announced = False
         elif self._gathers:
-            self._compared(self._row(HEAD), error)
+            self._compared(HEAD, error)
         else:
             fields = self._take_announced()
             if not _agreement.agree_by_maximum(fields, error, self._rounds, self._steps, self._maximum):
                 raise self._disagreement(fields, error) from error
 
-    def _compared(self, row: Row, error: BaseException | None = None) -> list[Float64Array]:
-        """The payloads of all ranks, once the heads of their rows were found to be equal."""
-        fields = self._take_announced()
-        _agreement.write_head(row.head, fields, error, self._rounds, self._steps, len(row.payload))
+    def _compared(self, length: int, error: BaseException | None, *parts: Any) -> list[Float64Array]:
+        """The payloads of all ranks, once the heads of their rows were found to be equal.
+
+        This one's consists of `parts`, and its row has `length` elements.
+        """
+        fields, row = self._take_announced(), self._row(length)
+        head = _agreement.head(fields, error, self._rounds, self._steps, length - HEAD)
+        _payloads.pack_payload(row.whole, *head, *parts)
         rows = self._swap(row)
         if self.validate and not _agreement.agree_by_heads(rows.heads, error):
-            raise self._disagreement(fields, error, elements=len(row.payload)) from error
+            raise self._disagreement(fields, error, elements=length - HEAD) from error
         return rows.payloads
 
     def _disagreement(self, fields: bytes, error: BaseException | None, **numbers: int) -> SyncMismatchError:

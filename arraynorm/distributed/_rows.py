@@ -40,7 +40,7 @@ class Row:
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
-        self.head = memoryview(whole[:HEAD]).cast("B")
+        self.head = memoryview(whole[:HEAD])
         self.payload = whole[HEAD:]
 
 

@@ -166,7 +166,8 @@ class MPICommunicator(HostCommunicator):
         return self._rows[length]
 
     def _swap(self, row: Any) -> Rows:
-        self._usable()
+        if self._broken:
+            self._usable()
         try:
             row.start()
             self._wait(row.is_complete, self._rows)
