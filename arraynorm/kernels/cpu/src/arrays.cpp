@@ -45,7 +45,7 @@ void append(std::vector<double>& values, PyArrayObject* array) {
         for (npy_intp i = 0; i < size; ++i) {
             T value;
             std::memcpy(&value, p + i * distance, sizeof value);
-            values[i] = double(to_float(value));
+            values[i] = quiet(double(to_float(value)));
         }
     };
     if (stride == sizeof(T))

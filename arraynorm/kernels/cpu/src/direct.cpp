@@ -56,12 +56,21 @@ PyArrayObject* plain_parameter(PyObject* argument, PyArrayObject* x, int axis, i
     return array;
 }
 
+// An x of bfloat16 takes no NaN in what it comes together with: that would have to be made `quiet`.
+template <class Values>
+void require_no_nan(const Values& values, int64_t size, PyArrayObject* x) {
+    if (*dtype_of(x) != DType::bfloat16) return;
+    for (int64_t i = 0; i < size; ++i) require(!std::isnan(values[i]));
+}
+
 // A statistic: `size` doubles.
-const double* plain_statistic(PyObject* argument, int64_t size) {
+const double* plain_statistic(PyObject* argument, int64_t size, PyArrayObject* x) {
     require(PyArray_CheckExact(argument));
     PyArrayObject* array = reinterpret_cast<PyArrayObject*>(argument);
     require(PyArray_ISCARRAY_RO(array) && PyArray_TYPE(array) == NPY_DOUBLE && PyArray_SIZE(array) == size);
-    return static_cast<const double*>(PyArray_DATA(array));
+    const double* values = static_cast<const double*>(PyArray_DATA(array));
+    require_no_nan(values, size, x);
+    return values;
 }
 
 PyObject* given_or_none(PyObject* argument) { return argument ? argument : Py_None; }
@@ -103,7 +112,7 @@ int64_t plain_integer(PyObject* argument) {
 // The numbers of a parameter in C order: in place or, of 16 bits, as floats.
 class Numbers {
 public:
-    explicit Numbers(PyArrayObject* array) {
+    Numbers(PyArrayObject* array, PyArrayObject* x) {
         if (!array) return;
         const void* data = PyArray_DATA(array);
         switch (*dtype_of(array)) {
@@ -112,6 +121,7 @@ public:
             case DType::float32: values_ = static_cast<const float*>(data); break;
             case DType::float64: values_ = static_cast<const double*>(data); break;
         }
+        require_no_nan(values_, PyArray_SIZE(array), x);
     }
     const Parameter& values() const { return values_; }
 
@@ -168,7 +178,7 @@ PyObject* batch_norm_forward(Arguments a) {
         const Channels channels = channels_of(x, a[3]);
         PyArrayObject *weight = plain_parameter(a[1], x, channels.axis, 1),
                       *bias = plain_parameter(a[2], x, channels.axis, 1);
-        const Numbers weights(weight), biases(bias);
+        const Numbers weights(weight, x), biases(bias, x);
         BatchNormForward call{};
         call.dtype = *dtype_of(x);
         call.volume = channels.volume;
@@ -202,7 +212,7 @@ PyObject* batch_norm_backward(Arguments a) {
         const npy_intp c = PyArray_DIM(x, channels.axis);
         PyArrayObject *weight = plain_parameter(a[2], x, channels.axis, 1),
                       *bias = plain_parameter(a[3], x, channels.axis, 1);
-        const Numbers weights(weight);
+        const Numbers weights(weight, x);
         std::vector<double> dweight(c), dbias(c), mean_dy(c), mean_dy_x_hat(c);
         BatchNormBackward call{};
         call.dtype = *dtype_of(x);
@@ -210,9 +220,9 @@ PyObject* batch_norm_backward(Arguments a) {
         call.dy = channels.tensor(dy);
         call.x = channels.tensor(x);
         call.weight = weights.values();
-        call.mean = plain_statistic(a[4], c);
-        plain_statistic(a[5], c);  // the variance: of use to nobody here, but not to be written over
-        call.rstd = plain_statistic(a[6], c);
+        call.mean = plain_statistic(a[4], c, x);
+        plain_statistic(a[5], c, x);  // the variance: of use to nobody here, but not to be written over
+        call.rstd = plain_statistic(a[6], c, x);
         Ref dx = output(a[8], x, {PyArray_DATA(x), PyArray_DATA(dy)}, {a[0], a[1], a[2], a[3], a[4], a[5], a[6]});
         call.dx = channels.tensor(dx.array());
         call.dbias = dbias.data(), call.dweight = dweight.data();
@@ -258,7 +268,7 @@ PyObject* row_norm_forward(PyObject* x_argument, PyObject* normalized_shape, PyO
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
                   *bias = bias_argument ? plain_parameter(bias_argument, x, matrix.axis, matrix.ndim) : nullptr;
-    const Numbers weights(weight), biases(bias);
+    const Numbers weights(weight, x), biases(bias, x);
     RowNormForward call{};
     call.dtype = *dtype_of(x);
     call.rows = matrix.rows;
@@ -293,7 +303,7 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
     const Matrix matrix = matrix_of(x, normalized_shape);
     PyArrayObject *weight = plain_parameter(weight_argument, x, matrix.axis, matrix.ndim),
                   *bias = bias_argument ? plain_parameter(bias_argument, x, matrix.axis, matrix.ndim) : nullptr;
-    const Numbers weights(weight);
+    const Numbers weights(weight, x);
     std::vector<double> dweight(matrix.rows.channels), dbias(matrix.rows.channels);
     RowNormBackward call{};
     call.dtype = *dtype_of(x);
@@ -301,8 +311,8 @@ PyObject* row_norm_backward(PyObject* dy_argument, PyObject* x_argument, PyObjec
     call.dy = matrix.tensor(dy);
     call.x = matrix.tensor(x);
     call.weight = weights.values();
-    if (mean) call.mean = plain_statistic(mean, matrix.rows.samples);
-    call.rstd = plain_statistic(rstd, matrix.rows.samples);
+    if (mean) call.mean = plain_statistic(mean, matrix.rows.samples, x);
+    call.rstd = plain_statistic(rstd, matrix.rows.samples, x);
     Ref dx =
         output(out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
                {dy_argument, x_argument, weight_argument, given_or_none(bias_argument), given_or_none(mean), rstd});

@@ -143,7 +143,7 @@ PyObject* or_decline(Body body) {
 inline double as_double(PyObject* number) {
     const double value = PyFloat_AsDouble(number);
     if (value == -1 && PyErr_Occurred()) throw PythonError{};
-    return value;
+    return quiet(value);
 }
 
 #define SIGNATURE(name, parameters) #name "($module, " parameters ", /)\n--\n\nSee arraynorm.kernels.reference."

@@ -291,27 +291,38 @@ inline int64_t to_line(const T* p) {
 // memory busy.
 template <class T, class Value>
 [[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const void* ahead, Value value) {
-    constexpr int64_t line = 64 / sizeof(T), packs = line / lanes;
+    constexpr int64_t line = 64 / sizeof(T);
     constexpr std::true_type streams;
     constexpr std::false_type stays;
     const char* next = static_cast<const char*>(ahead);
     int64_t i = 0;
-    if (n >= 4 * line)
+    auto write_line = [&](auto way) __attribute__((always_inline)) {
+        if constexpr (line == lanes) {
+            way.value ? stream(y + i, value(i, Full{}, way)) : store(y + i, value(i, Full{}, way));
+        } else {
+            for (int64_t k = i; k < i + line; k += 2 * lanes) {
+                const auto first = value(k, Full{}, way), second = value(k + lanes, Full{}, way);
+                put(y + k, first, second, way);
+            }
+        }
+    };
+    const bool is_long = n >= 4 * line;
+    if (is_long)
         for (const int64_t head = to_line(y); i < head;) {
             const int64_t count = std::min<int64_t>(lanes, head - i);
             store(y + i, value(i, count, stays), count);
             i += count;
         }
-    if (streaming && n >= 4 * line)
+    if (streaming && is_long)
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
-            for (int k = 0; k < packs; ++k) stream(y + i + k * lanes, value(i + k * lanes, Full{}, streams));
+            write_line(streams);
         }
     else
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
             prefetch_to_write(further_on(y + i));
-            for (int k = 0; k < packs; ++k) store(y + i + k * lanes, value(i + k * lanes, Full{}, stays));
+            write_line(stays);
         }
     for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}, stays));
     if (i < n) store(y + i, value(i, n - i, stays), n - i);

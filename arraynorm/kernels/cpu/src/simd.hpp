@@ -175,17 +175,20 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return r;
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// The upper halves, rounded to nearest, ties to even. Of a NaN the lower half is zero, so that nothing is carried out
+// of it: it comes from a bfloat16, from arithmetic, or from a parameter by way of `quiet`.
+[[gnu::always_inline]] inline __m256i upper_halves(Pack<float> a) {
+    const __m256i bits = _mm256_castps_si256(a.part[0]);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
 [[gnu::always_inline]] inline Bits16 to_bits(bfloat16, Pack<float> a) {
-    const __m256 value = a.part[0];
-    const __m256i bits = _mm256_castps_si256(value), top = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-    const __m256i above = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
-    const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_blendv_epi8(_mm256_srli_epi32(above, 16), nan, _mm256_castps_si256(is_nan));
+    const __m256i halves = upper_halves(a);
     return reinterpret_cast<Bits16>(
-        _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1)));
+        _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+[[gnu::always_inline]] inline __m256i to_bits(bfloat16, Pack<float> a, Pack<float> b) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(upper_halves(a), upper_halves(b)), 0b11'01'10'00);
 }
 #else
 [[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
@@ -197,13 +200,11 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return r;
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// See above.
 [[gnu::always_inline]] inline Bits16 to_bits(bfloat16, Pack<float> a) {
     Bits32 bits;
     std::memcpy(&bits, &a, sizeof bits);
-    Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    Bits32 nan = (bits >> 16) | 0x40u;
-    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Bits16);
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Bits16);
 }
 #endif
 
@@ -216,6 +217,12 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
 [[gnu::always_inline]] inline Bits16 to_bits(float16, Pack<float> a) {
     return reinterpret_cast<Bits16>(_mm256_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
 }
+#if defined(__AVX2__)
+[[gnu::always_inline]] inline __m256i to_bits(float16, Pack<float> a, Pack<float> b) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(b.part[0], _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 #else
 // Not inlined: where there are no instructions, eight conversions are some hundred, and take a compiler minutes.
 [[gnu::noinline]] inline void widen(const float16* p, float* v) {
@@ -457,6 +464,30 @@ template <class T, class E>
 #endif
 }
 
+// Two packs side by side, with one store where a register holds them; as `stream`, or as `store`.
+template <class T, class E, class Streams>
+[[gnu::always_inline]] inline void put(T* p, Pack<E> a, Pack<E> b, Streams) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 2) {
+        __m256i both;
+        if constexpr (std::is_same_v<E, float>)
+            both = to_bits(T{}, a, b);
+        else
+            both = to_bits(T{}, narrowed(a), narrowed(b));
+        auto* to = reinterpret_cast<__m256i*>(p);
+        if constexpr (Streams::value)
+            _mm256_stream_si256(to, both);
+        else
+            _mm256_storeu_si256(to, both);
+        return;
+    }
+#endif
+    if constexpr (Streams::value)
+        stream(p, a), stream(p + lanes, b);
+    else
+        store(p, a), store(p + lanes, b);
+}
+
 // Streamed stores come after all that other threads may see.
 [[gnu::always_inline]] inline void finish_streaming() {
 #if defined(__x86_64__)
@@ -480,41 +511,35 @@ template <class T>
 
 // -- bits -----------------------------------------------------------------------------------------------------
 
-// Bit i is set where element i of what is stored as T is greater than 0.
+// Bit i is set where element i of what is stored as T is greater than 0: what is greater than half of T's least number.
 template <class T, class E>
 [[gnu::always_inline]] inline unsigned positive(Pack<E> a) {
-    auto r = rounded<T>(a);
-    unsigned bits = 0;
-    if constexpr (sizeof(T) == 2) {
-        constexpr uint16_t infinity = std::is_same_v<T, float16> ? 0x7c00 : 0x7f80;
-#if defined(__x86_64__)
-        // as 16-bit integers the positive numbers lie between 0 and infinity, and above that NaN
-        const __m128i v = reinterpret_cast<__m128i>(r);
-        const __m128i above = _mm_cmpgt_epi16(v, _mm_setzero_si128());
-        const __m128i below = _mm_cmpgt_epi16(_mm_set1_epi16(int16_t(infinity + 1)), v);
-        bits = unsigned(_mm_movemask_epi8(_mm_packs_epi16(_mm_and_si128(above, below), _mm_setzero_si128())));
-#else
-        uint16_t v[lanes];
-        std::memcpy(v, &r, sizeof v);
-        for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] != 0 && v[i] <= infinity) << i;
-#endif
+    if constexpr (std::is_same_v<E, double> && !std::is_same_v<T, double>) {
+        return positive<T>(narrowed(a));
     } else {
+        const Pack<E> least(std::is_same_v<T, bfloat16> ? E(0x1p-134) : std::is_same_v<T, float16> ? E(0x1p-25) : 0);
+        unsigned bits = 0;
 #if defined(__AVX__)
-        for (int i = 0; i < decltype(r)::parts; ++i) {
-            if constexpr (std::is_same_v<T, float>)
-                bits |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(r.part[i], _mm256_setzero_ps(), _CMP_GT_OQ)))
-                        << 8 * i;
+        for (int i = 0; i < Pack<E>::parts; ++i) {
+            if constexpr (std::is_same_v<E, float>)
+                bits |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a.part[i], least.part[i], _CMP_GT_OQ))) << 8 * i;
             else
-                bits |= unsigned(_mm256_movemask_pd(_mm256_cmp_pd(r.part[i], _mm256_setzero_pd(), _CMP_GT_OQ)))
-                        << 4 * i;
+                bits |= unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a.part[i], least.part[i], _CMP_GT_OQ))) << 4 * i;
+        }
+#elif defined(__x86_64__)
+        for (int i = 0; i < Pack<E>::parts; ++i) {
+            if constexpr (std::is_same_v<E, float>)
+                bits |= unsigned(_mm_movemask_ps(_mm_cmpgt_ps(a.part[i], least.part[i]))) << 4 * i;
+            else
+                bits |= unsigned(_mm_movemask_pd(_mm_cmpgt_pd(a.part[i], least.part[i]))) << 2 * i;
         }
 #else
-        T v[lanes];
-        std::memcpy(v, &r, sizeof v);
-        for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] > 0) << i;
+        E v[lanes];
+        std::memcpy(v, &a, sizeof v);
+        for (int i = 0; i < lanes; ++i) bits |= unsigned(v[i] > least.part[0][0]) << i;
 #endif
+        return bits;
     }
-    return bits;
 }
 
 // Element i of a where bit i is set, else 0.
