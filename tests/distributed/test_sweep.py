@@ -49,15 +49,16 @@ def test_the_cuts_have_empty_ranks_and_single_samples():
         assert (1 in counts) == (ranks > 2)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(60))
 def test_many_float32_channels_of_any_mean_and_size_are_the_same_to_an_ulp(seed):
-    """Statistics differ in the last bits, and here and there a coefficient's nearest float with them.
+    """Statistics differ in the last bits, and here and there a result's nearest float with them, but not by two.
 
-    With coefficients that began with their nearest floats, of 150 such batches 23 had a y two ulps off, and 44 a dx.
+    That takes results of one rounding, and sums of few values in float64: with results of two roundings and sums in
+    float32, of 120 such two-dimensional batches 16 had an element that was two ulps off.
     """
     rng = np.random.default_rng(seed)
-    channels, counts = 150, rng.integers(1, 40, 3)
-    spatial = ((), (3, 2), (7, 7), (40, 10))[seed % 4]
+    channels, counts = 150, rng.integers(1, (14, 40, 100)[seed % 3], 3)
+    spatial = ((), (2,), (), (3, 2), (7, 7))[seed % 5]
     mean, std = 10.0 ** rng.uniform(-2, 3), 10.0 ** rng.uniform(-2, 1)
     shape = (counts.sum(), channels, *spatial)
     x, dy = rng.normal(mean, std, shape).astype(np.float32), rng.normal(0, 1, shape).astype(np.float32)

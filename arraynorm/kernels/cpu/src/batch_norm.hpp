@@ -32,43 +32,18 @@ inline BackwardCoefficients backward_coefficients(const BatchNormBackward& call,
 
 // -- maps -----------------------------------------------------------------------------------------------------
 
-// The coefficients of a map, of which the first is what is subtracted from x. For float32 in float each of the others
-// is the sum of two, whose second ones follow.
-//
-// Ranks that hold parts of a batch find statistics that differ in the last bits, and are to agree with the whole to an
-// ulp. So the first ones, and with them nearly all roundings, have few bits and are the same on all ranks. (In double a
-// map would be shorter, and take up to twice as long.)
-template <class T, class E>
-inline constexpr bool in_two = std::is_same_v<T, float> && std::is_same_v<E, float>;
+// What a map is computed in. Ranks that hold parts of a batch find statistics that differ in the last bits, and are to
+// agree with the whole to an ulp: so float32 results are rounded once, from double.
+template <class T>
+using MapType = std::conditional_t<std::is_same_v<T, float>, double, Computation<T>>;
 
-// The first 12 bits of a number.
-inline float leading(double value) {
-    const float all = float(value), few = as_float((as_bits(all) + 0x800) & ~0xfffu);
-    return std::isfinite(few) ? few : all;
-}
-
-template <class T, class E, size_t number>
-inline auto coefficients(const std::array<double, number>& values) {
-    std::array<double, in_two<T, E> ? 2 * number - 1 : number> all;
-    std::copy(values.begin(), values.end(), all.begin());
-    if constexpr (in_two<T, E>)
-        for (size_t i = 1; i < number; ++i) {
-            all[i] = leading(values[i]);
-            const double rest = values[i] - all[i];
-            all[number - 1 + i] = std::isfinite(rest) ? rest : 0;
-        }
-    return all;
-}
-
-// What is subtracted from x. Where a mean lies within the data a difference is rounded, and should be alike on all
-// ranks; where it lies far outside, the difference is exact, and what a mean of few bits leaves out would be too much.
-// A mean that is a float is subtracted as it is: an x that equals it gives exactly the bias.
-template <class T, class E>
-inline Mean<E> pivot_of_map(double mean, double rstd) {
-    const Mean<E> nearest(mean);
-    if constexpr (in_two<T, E>)
-        if (nearest.rest != 0 && std::abs(mean * rstd) < 16) return Mean<E>(mean, leading(mean));
-    return nearest;
+// f(E{}) with what the sums of a channel of n values begin in. Of so few the rounding errors of float would not be
+// small against an ulp of the results: there are too few sums of eight for them to cancel.
+template <class T, class F>
+inline auto summed(int64_t n, F f) {
+    if constexpr (std::is_same_v<T, float>)
+        if (n < 64) return f(double{});
+    return f(Computation<T>{});
 }
 
 template <class E, size_t number>
@@ -79,44 +54,31 @@ inline std::array<Pack<E>, number> packs_of(const std::array<double, number>& va
 }
 
 // y = (x - v[0]) * v[1] + v[2]
-template <class T, class E>
-inline auto forward_coefficients(const BatchNormForward& call, int64_t c) {
-    const auto mean = pivot_of_map<T, E>(call.mean[c], call.rstd[c]);
+template <class E>
+inline std::array<double, 3> forward_coefficients(const BatchNormForward& call, int64_t c) {
+    const Mean<E> mean(call.mean[c]);
     const double scale = forward_scale(call, c);
-    return coefficients<T, E, 3>({double(mean.rounded), scale, mean.constant(scale, call.bias.value_or(c, 0))});
+    return {double(mean.rounded), scale, mean.constant(scale, call.bias.value_or(c, 0))};
 }
-template <class E, size_t number>
-[[gnu::always_inline]] inline Pack<E> y_of(Pack<E> x, const std::array<Pack<E>, number>& v) {
-    const Pack<E> d = x - v[0], y = fma(d, v[1], v[2]);
-    if constexpr (number == 3)
-        return y;
-    else  // an infinite x has an infinite y, whatever the sign of v[3]
-        return y + finite(fma(d, v[3], v[4]));
+template <class Elements, class E>
+[[gnu::always_inline]] inline Elements y_of(Elements x, const std::array<Pack<E>, 3>& v) {
+    return fma(x - v[0], v[1], v[2]);
 }
 
 // dx = g * v[1] + (x - v[0]) * v[2] + v[3], or g * v[1] alone
-template <class T, class E>
-inline auto backward_coefficients(const BatchNormBackward& call, int64_t c) {
+template <class E>
+inline std::array<double, 4> backward_coefficients(const BatchNormBackward& call, int64_t c) {
     const BackwardCoefficients k = backward_coefficients(call, c);
-    const auto mean = pivot_of_map<T, E>(call.mean_dy ? call.mean[c] : 0, call.rstd[c]);
-    return coefficients<T, E, 4>(
-        {double(mean.rounded), k.of_dy, k.of_deviation, mean.constant(k.of_deviation, k.constant)});
+    const Mean<E> mean(call.mean_dy ? call.mean[c] : 0);
+    return {double(mean.rounded), k.of_dy, k.of_deviation, mean.constant(k.of_deviation, k.constant)};
 }
-template <class E, size_t number>
-[[gnu::always_inline]] inline Pack<E> dx_of(Pack<E> g, Pack<E> x, const std::array<Pack<E>, number>& v) {
-    const Pack<E> d = x - v[0], dx = fma(g, v[1], fma(d, v[2], v[3]));
-    if constexpr (number == 4)
-        return dx;
-    else
-        return dx + fma(g, v[4], fma(d, v[5], v[6]));
+template <class Elements, class E>
+[[gnu::always_inline]] inline Elements dx_of(Elements g, Elements x, const std::array<Pack<E>, 4>& v) {
+    return fma(g, v[1], fma(x - v[0], v[2], v[3]));
 }
-
-template <class E, size_t number>
-[[gnu::always_inline]] inline Pack<E> dx_of(Pack<E> g, const std::array<Pack<E>, number>& v) {
-    if constexpr (number == 4)
-        return g * v[1];
-    else
-        return g * v[1] + finite(g * v[4]);
+template <class Elements, class E>
+[[gnu::always_inline]] inline Elements dx_of(Elements g, const std::array<Pack<E>, 4>& v) {
+    return g * v[1];
 }
 
 // Whether a channel's y can be computed in E, and its dx.

@@ -94,8 +94,9 @@ template <class T, class Values>
     const bool whole_bytes = all % 8 == 0 && bit % 8 == 0 && tile.width() % 8 == 0;
     uint8_t* bytes = whole_bytes ? call.mask + bit / 8 : nullptr;
     write_columns(y, tile, call.streaming, values, [=](const auto& v, int64_t r, int64_t j, auto count) {
-        Pack<E> result = affine(v, r, j, count);
-        if (addend.start) result = result + load<E>(addend.at(r, j), count);
+        Pack<E> sum = affine(v, r, j, count);
+        if (addend.start) sum = sum + load<E>(addend.at(r, j), count);
+        const auto result = converted<Computation<T>>(sum);
         if (bytes) bytes[(r * all + j) / 8] = uint8_t(positive<T>(result));
         return relu(result);
     });
@@ -111,19 +112,22 @@ template <class T, class Values>
 
 template <class T>
 void forward_columns(const BatchNormForward& call) {
-    using E = Computation<T>;
+    using E = MapType<T>;
     const Volume& v = call.volume;
     over_tiles<Moments>(
         Tiles::of<T>(v), 2 * v.size() * sizeof(T), {call.x}, {call.addend, call.y}, call.takes_statistics, call.writes,
         [&](const Tile& tile, Moments* moments) {
-            channel_moments(rows_of<const T>(call.x, tile, call.streaming), tile,
-                            [&](int64_t c, const Moments& found) { moments[c % tile.channels].add(found); });
+            summed<T>(v.plane_size(), [&](auto e) {
+                channel_moments<decltype(e)>(
+                    rows_of<const T>(call.x, tile, call.streaming), tile,
+                    [&](int64_t c, const Moments& found) { moments[c % tile.channels].add(found); });
+            });
         },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, int64_t c) { return forward_coefficients<T, decltype(e)>(call, c); },
+                [&](auto e, int64_t c) { return forward_coefficients<decltype(e)>(call, c); },
                 [&](const Tile& rows, const auto& values) { write_forward<T>(call, rows, values); }, body);
         });
 }
@@ -132,16 +136,18 @@ void forward_columns(const BatchNormForward& call) {
 
 template <class T, class Mask>
 void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* total) {
-    using E = Computation<T>;
     const int64_t all = all_to_a_row(call.volume, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
-    channel_sums(
-        rows_of<const T>(call.dy, tile, call.streaming), rows_of<const T>(call.x, tile, call.streaming), tile,
-        [&](int64_t c) { return is_tame<E>(call.mean[tile.channel(c)], call.rstd[tile.channel(c)]); },
-        [&](int64_t c) { return call.mean[tile.channel(c)]; },
-        [=](auto dy, int64_t row, int64_t j, auto count)
-            __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); },
-        [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
+    summed<T>(call.volume.plane_size(), [&](auto e) {
+        using E = decltype(e);
+        channel_sums<E>(
+            rows_of<const T>(call.dy, tile, call.streaming), rows_of<const T>(call.x, tile, call.streaming), tile,
+            [&](int64_t c) { return is_tame<E>(call.mean[tile.channel(c)], call.rstd[tile.channel(c)]); },
+            [&](int64_t c) { return call.mean[tile.channel(c)]; },
+            [=](auto dy, int64_t row, int64_t j, auto count)
+                __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); },
+            [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
+    });
 }
 
 template <class T, class Mask, class Values>
@@ -152,10 +158,10 @@ template <class T, class Mask, class Values>
     const auto dx = rows_of<T>(call.dx, tile), daddend = rows_of<T>(call.daddend, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
     auto gated = [=](int64_t r, int64_t j, auto count) {
-        const Pack<E> g = mask.gate(r * all + j, load<E>(dy.at(r, j), count), count);
+        const auto g = mask.gate(r * all + j, load<Computation<T>>(dy.at(r, j), count), count);
         if constexpr (!std::is_same_v<Mask, NoMask>)
             if (daddend.start) store(daddend.at(r, j), g, count);
-        return g;
+        return converted<E>(g);
     };
     if (!call.mean_dy)
         write_columns(dx, tile, call.streaming, values,
@@ -168,7 +174,7 @@ template <class T, class Mask, class Values>
 
 template <class T, class Mask>
 void backward_columns(const BatchNormBackward& call) {
-    using E = Computation<T>;
+    using E = MapType<T>;
     const Volume& v = call.volume;
     over_tiles<Sums>(
         Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces,
@@ -177,7 +183,7 @@ void backward_columns(const BatchNormBackward& call) {
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, int64_t c) { return backward_coefficients<T, decltype(e)>(call, c); },
+                [&](auto e, int64_t c) { return backward_coefficients<decltype(e)>(call, c); },
                 [&](const Tile& rows, const auto& values) { write_backward<T, Mask>(call, rows, values); }, body);
         });
 }

@@ -34,9 +34,11 @@ inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write writ
 
 template <class T>
 Moments part_moments(const BatchNormForward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    return moments_of<T>([&](auto f) __attribute__((always_inline)) {
-        blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length)
-                                   __attribute__((always_inline)) { f(call.x.at<const T>(n, c) + i, length); });
+    return summed<T>(call.volume.plane_size(), [&](auto e) {
+        return moments_of<T, decltype(e)>([&](auto f) __attribute__((always_inline)) {
+            blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length)
+                                       __attribute__((always_inline)) { f(call.x.at<const T>(n, c) + i, length); });
+        });
     });
 }
 
@@ -45,10 +47,10 @@ template <class T, class E>
 struct ForwardPlane {
     const BatchNormForward& call;
     int64_t c;
-    decltype(packs_of<E>(forward_coefficients<T, E>(call, c))) values;
+    decltype(packs_of<E>(forward_coefficients<E>(call, c))) values;
 
     ForwardPlane(const BatchNormForward& call, int64_t c)
-        : call(call), c(c), values(packs_of<E>(forward_coefficients<T, E>(call, c))) {}
+        : call(call), c(c), values(packs_of<E>(forward_coefficients<E>(call, c))) {}
 
     // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next) const {
@@ -57,9 +59,10 @@ struct ForwardPlane {
         auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
             return write_run(y, length, call.streaming, next,
-                             [=](int64_t j, auto count, auto) { return affine(j, count); });
+                             Uniform{[=](int64_t j, auto count, auto) { return affine(j, count); }});
         MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
-        auto gated = [&](Pack<E> v, auto count) {
+        auto gated = [&](Pack<E> sum, auto count) {
+            const auto v = converted<Computation<T>>(sum);
             mask.put(positive<T>(v), count);
             return relu(v);
         };
@@ -76,7 +79,7 @@ struct ForwardPlane {
 
 template <class T>
 void forward_planes(const BatchNormForward& call) {
-    using E = Computation<T>;
+    using E = MapType<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 2 * v.size() * sizeof(T);
     if (!call.takes_statistics) {
@@ -107,14 +110,16 @@ void forward_planes(const BatchNormForward& call) {
 
 template <class T, class Mask>
 Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, int64_t part) {
-    using E = Computation<T>;
-    return gradient_sums<E>(
-        blocks, part, call.mean[c], is_tame<E>(call.mean[c], call.rstd[c]), [&](auto, int64_t n, int64_t i) {
-            const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
-            return Gradients{call.dy.at<const T>(n, c) + i, call.x.at<const T>(n, c) + i,
-                             [=](auto dy, int64_t j, auto count)
-                                 __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
-        });
+    return summed<T>(call.volume.plane_size(), [&](auto e) {
+        using E = decltype(e);
+        return gradient_sums<E>(
+            blocks, part, call.mean[c], is_tame<E>(call.mean[c], call.rstd[c]), [&](auto, int64_t n, int64_t i) {
+                const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
+                return Gradients{call.dy.at<const T>(n, c) + i, call.x.at<const T>(n, c) + i,
+                                 [=](auto dy, int64_t j, auto count)
+                                     __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
+            });
+    });
 }
 
 // The map of one channel, in E.
@@ -123,10 +128,10 @@ struct BackwardPlane {
     const BatchNormBackward& call;
     int64_t c;
     bool needs_x;
-    decltype(packs_of<E>(backward_coefficients<T, E>(call, c))) values;
+    decltype(packs_of<E>(backward_coefficients<E>(call, c))) values;
 
     BackwardPlane(const BatchNormBackward& call, int64_t c)
-        : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(backward_coefficients<T, E>(call, c))) {}
+        : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(backward_coefficients<E>(call, c))) {}
 
     // `length` elements of run n from element i; `next` and `next_x` as in ForwardPlane
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, const T* next_x) const {
@@ -135,30 +140,44 @@ struct BackwardPlane {
         const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
         // both outputs' lines begin at the same elements
         const bool together = daddend && to_line(daddend) == to_line(dx);
+        constexpr bool is_masked = !std::is_same_v<Mask, NoMask>;
         auto gated = [&](int64_t j, auto count, auto streams) {
-            const Pack<E> g = mask.gate(j, load<E>(dy + j, count), count);
-            if constexpr (std::is_same_v<Mask, NoMask>) return g;
-            if (!daddend) return g;
-            if constexpr (streams.value)
-                if (together) return stream(daddend + j, g), g;
-            store(daddend + j, g, count);
-            return g;
+            if constexpr (std::is_same_v<decltype(count), Two>) {
+                const auto stored = mask.gate(j, load_stored(dy + j), count);
+                if (is_masked && daddend) {
+                    if (together)
+                        put_stored(daddend + j, stored, streams);
+                    else
+                        put_stored(daddend + j, stored, std::false_type{});
+                }
+                return pair_of<E>(T{}, stored);
+            } else {
+                const auto g = mask.gate(j, load<Computation<T>>(dy + j, count), count);
+                if (is_masked && daddend) {
+                    if constexpr (streams.value)
+                        together ? stream(daddend + j, g) : store(daddend + j, g);
+                    else
+                        store(daddend + j, g, count);
+                }
+                return converted<E>(g);
+            }
         };
         const auto v = values;
         if (!needs_x)
-            return write_run(dx, length, call.streaming, next,
-                             [&](int64_t j, auto count, auto streams) { return dx_of(gated(j, count, streams), v); });
-        write_run(dx, length, call.streaming, next, [&](int64_t j, auto count, auto streams) {
-            if constexpr (std::is_same_v<decltype(count), Full>)
-                if (next_x) prefetch(next_x + j);
-            return dx_of(gated(j, count, streams), load<E>(x + j, count), v);
-        });
+            return write_run(dx, length, call.streaming, next, Uniform{[&](int64_t j, auto count, auto streams) {
+                                 return dx_of(gated(j, count, streams), v);
+                             }});
+        write_run(dx, length, call.streaming, next, Uniform{[&](int64_t j, auto count, auto streams) {
+                      if constexpr (!std::is_same_v<decltype(count), int64_t>)
+                          if (next_x) prefetch(next_x + j);
+                      return dx_of(gated(j, count, streams), load<E>(x + j, count), v);
+                  }});
     }
 };
 
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
-    using E = Computation<T>;
+    using E = MapType<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 3 * v.size() * sizeof(T);
     if (!call.reduces) {

@@ -165,8 +165,14 @@ inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
     const int64_t width = tile.width();
     std::vector<E> pivots(width);
     if (tile.s > 1) {
-        for (int64_t j = 0; j < width; j += tile.s)
-            std::fill_n(pivots.begin() + j, tile.s, E(pivot_of(x.at(0, j), tile.s)));
+        // of one row, or of the first elements of some, whichever are more
+        const int64_t number = number_of_pivots(tile.rows);
+        for (int64_t j = 0; j < width; j += tile.s) {
+            T first[lanes];
+            for (int64_t row = 0; row < number; ++row) first[row] = *x.at(row, j);
+            const double pivot = number > tile.s ? pivot_of(first, number) : pivot_of(x.at(0, j), tile.s);
+            std::fill_n(pivots.begin() + j, tile.s, E(pivot));
+        }
         return pivots;
     }
     const int64_t number = number_of_pivots(tile.rows);
@@ -182,13 +188,12 @@ inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
     return pivots;
 }
 
-// The moments of the tile's channels; take(c, moments) is told each one's.
+// The moments of the tile's channels, the sums of which begin in E; take(c, moments) is told each one's.
 //
 // In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at
 // again.
-template <class T, class Take>
+template <class E, class T, class Take>
 [[gnu::flatten]] void channel_moments(RowsOf<const T> x, const Tile& tile, Take take) {
-    using E = Computation<T>;
     const double n = double(tile.rows * tile.s);
     if (n == 0) return;
     ColumnSums sums(tile.width());
@@ -235,10 +240,9 @@ template <class E, class T, class MeanOf, class Gate, class Take>
 }
 // In the type that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one
 // channel needs changes no bit of another.
-template <class T, class IsTame, class MeanOf, class Gate, class Take>
+template <class E, class T, class IsTame, class MeanOf, class Gate, class Take>
 void channel_sums(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTame is_tame, MeanOf mean_of, Gate gate,
                   Take take) {
-    using E = Computation<T>;
     std::vector<Sums> found(tile.all());
     std::vector<char> good(tile.all());
     bool all = true;

@@ -48,31 +48,50 @@ private:
 // Lets the elements of a run pass whose bits are set.
 class MaskReader {
 public:
-    MaskReader(const uint8_t* mask, int64_t bit) : mask_(mask), bit_(bit) {}
+    MaskReader(const uint8_t* mask, int64_t bit) : mask_(mask), bit_(uint64_t(bit)) {}
 
     template <class E>
     Pack<E> gate(int64_t i, Pack<E> a, Full) const {
-        return gate(i, a, lanes);
+        const Place from(*this, i);
+        unsigned bits = from.bytes[0] >> from.shift;
+        if (from.shift) bits |= unsigned(from.bytes[1]) << (8 - from.shift);
+        return where(bits, a);
     }
     template <class E>
     Pack<E> gate(int64_t i, Pack<E> a, int64_t count) const {
-        const int64_t bit = bit_ + i;
-        const unsigned shift = bit % 8;
-        unsigned bits = mask_[bit / 8] >> shift;
-        if (shift + count > 8) bits |= unsigned(mask_[bit / 8 + 1]) << (8 - shift);
+        const Place from(*this, i);
+        unsigned bits = from.bytes[0] >> from.shift;
+        if (from.shift + count > 8) bits |= unsigned(from.bytes[1]) << (8 - from.shift);
         return where(bits, a);
+    }
+    // Of elements as they are stored.
+    template <class Stored>
+    Stored gate(int64_t i, Stored stored, Two) const {
+        const Place from(*this, i);
+        unsigned bits = (from.bytes[0] | unsigned(from.bytes[1]) << 8) >> from.shift;
+        if (from.shift) bits |= unsigned(from.bytes[2]) << (16 - from.shift);
+        return where(bits, stored);
     }
 
 private:
+    // The bytes from that of element i on, and its bit there. Unsigned: a shift, where a signed quotient takes four
+    // steps.
+    struct Place {
+        const uint8_t* bytes;
+        unsigned shift;
+        Place(const MaskReader& mask, int64_t i)
+            : bytes(mask.mask_ + ((mask.bit_ + uint64_t(i)) >> 3)), shift((mask.bit_ + uint64_t(i)) & 7) {}
+    };
+
     const uint8_t* mask_;
-    int64_t bit_;
+    uint64_t bit_;
 };
 
 // Where there is no ReLU.
 struct NoMask {
     NoMask(const uint8_t*, int64_t) {}
-    template <class E, class Count>
-    Pack<E> gate(int64_t, Pack<E> a, Count) const {
+    template <class Elements, class Count>
+    Elements gate(int64_t, Elements a, Count) const {
         return a;
     }
 };

@@ -98,8 +98,8 @@ void forward_columns(const RowNormForward& call) {
     over_samples<Moments>(
         rows, 2 * rows.elements() * sizeof(T), {call.x}, call.y,
         [&](int64_t sample, const Tile& tile, Moments* moments) {
-            channel_moments(rows_of<const T>(call.x, sample, tile, call.streaming), tile,
-                            [&](int64_t c, const Moments& found) { moments[tile.channel(c)].add(found); });
+            channel_moments<E>(rows_of<const T>(call.x, sample, tile, call.streaming), tile,
+                               [&](int64_t c, const Moments& found) { moments[tile.channel(c)].add(found); });
         },
         [&](int64_t sample, const Moments* moments) {
             for (int64_t g = 0; g < rows.groups; ++g) {
@@ -127,7 +127,7 @@ template <class T>
 void add_backward_sums(const RowNormBackward& call, int64_t sample, const Tile& tile, Sums* sums) {
     const double *mean = call.mean + sample * call.rows.groups, *rstd = call.rstd + sample * call.rows.groups;
     auto group_of = [&](int64_t c) { return tile.channel(c) / call.rows.channels; };
-    channel_sums(
+    channel_sums<Computation<T>>(
         rows_of<const T>(call.dy, sample, tile, call.streaming), rows_of<const T>(call.x, sample, tile, call.streaming),
         tile, [&](int64_t c) { return is_tame<Computation<T>>(mean[group_of(c)], rstd[group_of(c)]); },
         [&](int64_t c) { return mean[group_of(c)]; },

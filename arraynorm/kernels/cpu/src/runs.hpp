@@ -49,8 +49,7 @@ template <class E>
 struct Mean {
     E rounded;
     double rest;
-    Mean(double mean, E rounded) : rounded(rounded), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
-    explicit Mean(double mean) : Mean(mean, E(mean)) {}
+    explicit Mean(double mean) : rounded(E(mean)), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
 
     // The constant of (x - mean) * scale + constant, where x - rounded stands for x - mean.
     double constant(double scale, double constant) const { return rest == 0 ? constant : constant - rest * scale; }
@@ -226,10 +225,9 @@ inline Moments moments_by(Sums sums, double pivot, double n, const T* first, con
     return {n, pivot, shift, sums.second - sums.first * shift};
 }
 
-// The moments of the elements of some runs.
-template <class T, class Runs>
+// The moments of the elements of some runs, the sums of which begin in E.
+template <class T, class E = Computation<T>, class Runs>
 inline Moments moments_of(const Runs& runs) {
-    using E = Computation<T>;
     const T* first = nullptr;
     int64_t n = 0, first_length = 0;
     runs([&](const T* run, int64_t length) {
@@ -285,6 +283,17 @@ inline int64_t to_line(const T* p) {
     return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) % 64 / sizeof(T);
 }
 
+// A value that depends on its place by what it loads from there alone, and may be asked for a pair.
+template <class Value>
+struct Uniform : Value {};
+template <class Value>
+Uniform(Value) -> Uniform<Value>;
+
+template <class Value>
+inline constexpr bool is_uniform = false;
+template <class Value>
+inline constexpr bool is_uniform<Uniform<Value>> = true;
+
 // y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
 // for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be
 // null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
@@ -300,10 +309,13 @@ template <class T, class Value>
         if constexpr (line == lanes) {
             way.value ? stream(y + i, value(i, Full{}, way)) : store(y + i, value(i, Full{}, way));
         } else {
-            for (int64_t k = i; k < i + line; k += 2 * lanes) {
-                const auto first = value(k, Full{}, way), second = value(k + lanes, Full{}, way);
-                put(y + k, first, second, way);
-            }
+            for (int64_t k = i; k < i + line; k += 2 * lanes)
+                if constexpr (has_pairs<T> && is_uniform<Value>) {
+                    put(y + k, value(k, Two{}, way), way);
+                } else {
+                    const auto first = value(k, Full{}, way), second = value(k + lanes, Full{}, way);
+                    put(y + k, first, second, way);
+                }
         }
     };
     const bool is_long = n >= 4 * line;

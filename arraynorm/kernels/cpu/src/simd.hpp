@@ -70,19 +70,6 @@ template <class E>
     return a;
 }
 
-// Large numbers for what is infinite or NaN.
-template <class E>
-[[gnu::always_inline]] inline Pack<E> finite(Pack<E> a) {
-    constexpr E large = std::numeric_limits<E>::max();
-    const Pack<E> least(-large), most(large);
-    for (int i = 0; i < Pack<E>::parts; ++i) {
-        auto& p = a.part[i];
-        p = p > least.part[i] ? p : least.part[i];
-        p = p < most.part[i] ? p : most.part[i];
-    }
-    return a;
-}
-
 #if defined(__FMA__)
 [[gnu::always_inline]] inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 [[gnu::always_inline]] inline __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
@@ -144,6 +131,16 @@ typedef float HalfOfFloats __attribute__((vector_size(register_bytes / 2)));
     return r;
 }
 
+template <class E, class F>
+[[gnu::always_inline]] inline Pack<E> converted(Pack<F> a) {
+    if constexpr (std::is_same_v<E, F>)
+        return a;
+    else if constexpr (std::is_same_v<E, double>)
+        return widened(a);
+    else
+        return narrowed(a);
+}
+
 // The sum of the eight elements, in double, always in the same order.
 template <class E>
 [[gnu::always_inline]] inline double sum(Pack<E> a) {
@@ -175,13 +172,14 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return r;
 }
 
-// The upper halves, rounded to nearest, ties to even. Of a NaN the lower half is zero, so that nothing is carried out
-// of it: it comes from a bfloat16, from arithmetic, or from a parameter by way of `quiet`.
-[[gnu::always_inline]] inline __m256i upper_halves(Pack<float> a) {
+// The upper halves, rounded to nearest, ties to even, above whatever is left. Of a NaN the lower half is zero, so that
+// nothing is carried out of it: it comes from a bfloat16, from arithmetic, or from a parameter by way of `quiet`.
+[[gnu::always_inline]] inline __m256i rounded_above(Pack<float> a) {
     const __m256i bits = _mm256_castps_si256(a.part[0]);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
+[[gnu::always_inline]] inline __m256i upper_halves(Pack<float> a) { return _mm256_srli_epi32(rounded_above(a), 16); }
 [[gnu::always_inline]] inline Bits16 to_bits(bfloat16, Pack<float> a) {
     const __m256i halves = upper_halves(a);
     return reinterpret_cast<Bits16>(
@@ -464,22 +462,26 @@ template <class T, class E>
 #endif
 }
 
+#if defined(__AVX2__)
+template <class T>
+[[gnu::always_inline]] inline void put_stored(T* p, __m256i stored, std::true_type) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), stored);
+}
+template <class T>
+[[gnu::always_inline]] inline void put_stored(T* p, __m256i stored, std::false_type) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), stored);
+}
+#endif
+
 // Two packs side by side, with one store where a register holds them; as `stream`, or as `store`.
 template <class T, class E, class Streams>
 [[gnu::always_inline]] inline void put(T* p, Pack<E> a, Pack<E> b, Streams) {
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 2) {
-        __m256i both;
         if constexpr (std::is_same_v<E, float>)
-            both = to_bits(T{}, a, b);
+            return put_stored(p, to_bits(T{}, a, b), Streams{});
         else
-            both = to_bits(T{}, narrowed(a), narrowed(b));
-        auto* to = reinterpret_cast<__m256i*>(p);
-        if constexpr (Streams::value)
-            _mm256_stream_si256(to, both);
-        else
-            _mm256_storeu_si256(to, both);
-        return;
+            return put(p, narrowed(a), narrowed(b), Streams{});
     }
 #endif
     if constexpr (Streams::value)
@@ -487,6 +489,83 @@ template <class T, class E, class Streams>
     else
         store(p, a), store(p + lanes, b);
 }
+
+// -- pairs ----------------------------------------------------------------------------------------------------
+
+// Sixteen elements of a 16-bit format. As they are stored they fill a register, which is taken apart and put together
+// again at less expense if it need not be in their order: bfloat16's lower and upper halves of 32 bits, to which zeros
+// are added below. So what is done to a pair must be the same for all elements.
+struct Two {};  // a pair, where a number of elements may stand
+
+template <class E>
+struct Pair {
+    Pack<E> half[2];
+};
+
+template <class E>
+[[gnu::always_inline]] inline Pair<E> operator-(Pair<E> a, Pack<E> b) {
+    return {a.half[0] - b, a.half[1] - b};
+}
+template <class E>
+[[gnu::always_inline]] inline Pair<E> operator*(Pair<E> a, Pack<E> b) {
+    return {a.half[0] * b, a.half[1] * b};
+}
+template <class E>
+[[gnu::always_inline]] inline Pair<E> fma(Pair<E> a, Pack<E> b, Pack<E> c) {
+    return {fma(a.half[0], b, c), fma(a.half[1], b, c)};
+}
+template <class E>
+[[gnu::always_inline]] inline Pair<E> fma(Pair<E> a, Pack<E> b, Pair<E> c) {
+    return {fma(a.half[0], b, c.half[0]), fma(a.half[1], b, c.half[1])};
+}
+#if defined(__AVX2__)
+template <class T>
+inline constexpr bool has_pairs = sizeof(T) == 2;
+
+template <class T>
+[[gnu::always_inline]] inline __m256i load_stored(const T* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+template <class E, class T>
+[[gnu::always_inline]] inline Pair<E> pair_of(T, __m256i stored) {
+    if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<E, float>) {
+        Pair<float> pair;
+        pair.half[0].part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(stored, 16));
+        pair.half[1].part[0] = _mm256_castsi256_ps(_mm256_and_si256(stored, _mm256_set1_epi32(int(0xffff0000))));
+        return pair;
+    } else {
+        T all[2 * lanes];
+        std::memcpy(all, &stored, sizeof all);
+        return {load<E>(all), load<E>(all + lanes)};
+    }
+}
+template <class E, class T>
+[[gnu::always_inline]] inline Pair<E> load(const T* p, Two) {
+    return pair_of<E>(T{}, load_stored(p));
+}
+
+template <class T, class E, class Streams>
+[[gnu::always_inline]] inline void put(T* p, Pair<E> pair, Streams) {
+    if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<E, float>) {
+        const __m256i lower = _mm256_srli_epi32(rounded_above(pair.half[0]), 16), upper = rounded_above(pair.half[1]);
+        put_stored(p, _mm256_blend_epi16(lower, upper, 0b10101010), Streams{});
+    } else {
+        put(p, pair.half[0], pair.half[1], Streams{});
+    }
+}
+
+// Element i of what is stored where bit i is set, else 0.
+[[gnu::always_inline]] inline __m256i where(unsigned bits, __m256i stored) {
+    const __m256i place = _mm256_setr_epi16(1, 2, 4, 8, 0x10, 0x20, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800, 0x1000,
+                                            0x2000, 0x4000, int16_t(0x8000));
+    const __m256i chosen = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(bits)), place), place);
+    return _mm256_and_si256(stored, chosen);
+}
+#else
+template <class T>
+inline constexpr bool has_pairs = false;
+#endif
 
 // Streamed stores come after all that other threads may see.
 [[gnu::always_inline]] inline void finish_streaming() {
