@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from arraynorm import _check
 from arraynorm.kernels import cpu
 from arraynorm.kernels._kernel import BACKENDS
 
-__all__ = ["get_num_threads", "release_memory", "set_memory_limit", "set_num_threads", "show_config"]
+__all__ = [
+    "get_num_threads",
+    "register_with_threadpoolctl",
+    "release_memory",
+    "set_memory_limit",
+    "set_num_threads",
+    "show_config",
+]
 
 
 def set_num_threads(threads: int) -> None:
@@ -39,6 +48,41 @@ def set_num_threads(threads: int) -> None:
 def get_num_threads() -> int:
     """The most threads that a call on NumPy arrays uses; 1 without the compiled kernels."""
     return 1 if cpu.native is None else int(cpu.native.num_threads())
+
+
+@functools.cache
+def register_with_threadpoolctl() -> None:
+    """Let `threadpoolctl.threadpool_limits` and `threadpool_info` cover the threads of the compiled kernels too.
+
+    It is for the whole process, and to be called once; further calls, and those without the compiled kernels, change
+    nothing. A limit is that of `set_num_threads`, for all threads of Python, and ends with the context.
+
+    Raises
+    ------
+    ImportError
+        threadpoolctl, 3.2 or newer, is not installed.
+    """
+    import threadpoolctl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    if cpu.native is None:
+        return
+    filename = Path(str(cpu.native.__file__)).name
+
+    class Controller(threadpoolctl.LibController):  # type: ignore[misc]
+        user_api = internal_api = "arraynorm"
+        filename_prefixes = (filename,)
+        check_symbols = ("arraynorm_num_threads",)  # of all libraries of that name it is the one with this function
+
+        def get_num_threads(self) -> int:
+            return get_num_threads()
+
+        def set_num_threads(self, num_threads: int) -> None:
+            set_num_threads(num_threads)
+
+        def get_version(self) -> str:
+            return version("arraynorm")
+
+    threadpoolctl.register(Controller)
 
 
 def set_memory_limit(nbytes: int) -> None:

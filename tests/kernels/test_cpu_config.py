@@ -201,3 +201,45 @@ def test_a_backend_that_cannot_be_imported_is_named_with_its_reason(monkeypatch)
     assert an.show_config(mode="dicts")["kernels"]["made_up"] == {
         "all": "reference: No module named 'arraynorm.kernels.made_up'"
     }
+
+
+# -- threadpoolctl ---------------------------------------------------------------------------------------------
+
+
+@needs_native
+def test_limits_of_threadpoolctl_are_those_of_the_compiled_kernels_once_it_knows_them():
+    pytest.importorskip("threadpoolctl")
+    program = """
+import threadpoolctl
+import arraynorm as an
+
+def ours():
+    return [pool for pool in threadpoolctl.threadpool_info() if pool["internal_api"] == "arraynorm"]
+
+an.set_num_threads(3)
+assert not ours()
+for _ in range(2):
+    an.register_with_threadpoolctl()
+    (pool,) = ours()
+    assert (pool["num_threads"], pool["version"]) == (3, an.__version__), pool
+with threadpoolctl.threadpool_limits(1):
+    assert an.get_num_threads() == 1
+with threadpoolctl.threadpool_limits(2, user_api="arraynorm"):
+    assert an.get_num_threads() == 2
+with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    assert an.get_num_threads() == 3
+assert an.get_num_threads() == 3
+"""
+    succeed(program)
+
+
+def test_threadpoolctl_is_told_nothing_without_the_module():
+    pytest.importorskip("threadpoolctl")
+    program = """
+import threadpoolctl
+import arraynorm as an
+
+an.register_with_threadpoolctl()
+assert not [pool for pool in threadpoolctl.threadpool_info() if pool["internal_api"] == "arraynorm"]
+"""
+    succeed(program, ARRAYNORM_PURE="1")

@@ -107,6 +107,9 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, nullptr,
 }  // namespace
 }  // namespace arraynorm
 
+// By this threadpoolctl knows the library: see arraynorm/config.py.
+extern "C" [[gnu::visibility("default")]] int arraynorm_num_threads() { return arraynorm::num_threads(); }
+
 PyMODINIT_FUNC PyInit__native() {
     import_array();
     return PyModuleDef_Init(&arraynorm::definition);
