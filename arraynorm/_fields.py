@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import struct
 from collections.abc import Mapping
 
@@ -49,6 +48,6 @@ def _packed(item: Field) -> bytes:
         text = item.encode()
         return b"s" + struct.pack("<I", len(text)) + text
     # What is equal is packed alike, as the cache has it too: 1.0 and True as 1, and -0.0 as 0.
-    if math.isfinite(item) and item == int(item) and abs(item) < 2**63:
+    if isinstance(item, int) or (item.is_integer() and abs(item) < 2**63):
         return b"i" + struct.pack("<q", int(item))
     return b"d" + struct.pack("<d", item)

@@ -35,7 +35,7 @@ _CONSEQUENCE = "elements"  # of the payload: follows from the rest
 
 def head(fields: bytes, error: BaseException | None, number: int, step: int, elements: int) -> tuple[int, ...]:
     """What a rank says of its call at the head of the row that it is about to send."""
-    return (_FAILED if error else _hash(fields), number, step, elements)
+    return (_hash(fields) if error is None else _FAILED, number, step, elements)
 
 
 def agree_by_heads(heads: Sequence[memoryview], error: BaseException | None) -> bool:

@@ -22,9 +22,11 @@ def pack_payload(payload: Float64Array, *parts: float | Float64Array) -> None:
 
 
 def unpacked(payload: Float64Array) -> Moments:
-    """The moments of a payload [n, mean, m2]."""
-    channels = len(payload) // 2
-    return int(payload[0]), payload[1 : 1 + channels], payload[1 + channels :]
+    """The moments of a payload [n, mean, m2]; n is below 2^53."""
+    channels, n = len(payload) // 2, float(payload[0])
+    if not (0 <= n < 2**53 and n.is_integer()):
+        raise ValueError(f"merge_moments: n must be a number of samples, got {n}")
+    return int(n), payload[1 : 1 + channels], payload[1 + channels :]
 
 
 def add_payloads(payloads: Sequence[Float64Array]) -> Float64Array:

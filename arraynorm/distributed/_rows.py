@@ -23,7 +23,10 @@ def row_capacity(size: int) -> int:
 
 
 class Rows(NamedTuple):
-    """The parts of the rows of all ranks, which may differ in length."""
+    """The parts of the rows of all ranks.
+
+    Until the heads were found to be equal a payload may have any length, or end in what an earlier row has left.
+    """
 
     heads: list[memoryview]
     payloads: list[Any]
@@ -82,12 +85,13 @@ class DirectRows(dict[int, DirectRow]):
     def __missing__(self, length: int) -> DirectRow:
         if len(self) == _LENGTHS:
             _free(self.pop(next(iter(self))).sends)
-        own = self[length] = DirectRow(self._table[self._rank, :length])
+        own = DirectRow(self._table[self._rank, :length])
         own.sends = [self._comm.Send_init([own.whole, self._mpi.DOUBLE], peer) for peer in self._peers]
         requests = self._receives + own.sends
         own.start = functools.partial(self._mpi.Prequest.Startall, requests)
         own.is_complete = functools.partial(self._mpi.Prequest.Testall, requests)
         own.rows = Rows.of([Row(whole) for whole in self._table[:, :length]])
+        self[length] = own
         return own
 
     def free(self) -> None:

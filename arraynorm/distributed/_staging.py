@@ -55,7 +55,7 @@ class Staging:
     def host_message(self, head: Sequence[float], *arrays: Array) -> Float64Array:
         """[*head, *arrays] as one new float64 vector on the host."""
         flat = [np.reshape(array, -1) for array in self.on_host(arrays)]
-        return np.concatenate([np.asarray(head, dtype=np.float64), *flat])
+        return np.concatenate([head, *flat], dtype=np.float64)
 
     def sends_device_memory(self, array: Array) -> bool:
         return self.cuda_aware and route(_array.library(array), True) == "device"

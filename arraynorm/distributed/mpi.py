@@ -161,13 +161,11 @@ class MPICommunicator(HostCommunicator):
         return int(self._size)
 
     def _row(self, length: int) -> DirectRow:
-        if self._rows is None:
+        if self._rows is None or self._broken:  # then peers may yet receive what the last row holds
             self._rows = DirectRows(_mpi(), self._usable())
         return self._rows[length]
 
     def _swap(self, row: Any) -> Rows:
-        if self._broken:
-            self._usable()
         try:
             row.start()
             self._wait(row.is_complete, self._rows)

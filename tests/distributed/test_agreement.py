@@ -308,7 +308,9 @@ def test_packed_fields_differ_where_the_settings_do():
     assert len({_fields.pack(pair) for pair in pairs}) == len(pairs)
 
 
-@pytest.mark.parametrize("equal", [(1, 1.0, True, np.float64(1)), (0, -0.0, False), (2**60, 2.0**60), (2**70, 2.0**70)])
+@pytest.mark.parametrize(
+    "equal", [(1, 1.0, True, np.float64(1)), (0, -0.0, False), (2**60, 2.0**60), (2.0**70, np.float64(2.0**70))]
+)
 def test_packed_fields_are_equal_where_the_settings_are(equal):
     _fields._packed_all.cache_clear()
     assert len({_fields.pack({"a": value}) for value in equal}) == 1

@@ -217,6 +217,29 @@ def test_parts_of_any_strides_and_byte_order_are_packed_in_their_order(payloads,
     np.testing.assert_array_equal(packed(payloads, 5, array), [5, *array.ravel().tolist()])
 
 
+def test_longer_floats_are_rounded_and_other_numbers_refused(payloads):
+    wide = np.full(2, 1, np.longdouble) / 3
+    np.testing.assert_array_equal(packed(payloads, 1, wide), [1, 1 / 3, 1 / 3])
+    with pytest.raises(TypeError):
+        packed(payloads, 1, np.ones(2, complex))
+
+
+def test_a_read_only_payload_is_refused(payloads):
+    memory = bytes(24)
+    with pytest.raises(ValueError, match="read-only"):
+        payloads.pack_payload(np.frombuffer(memory), 7, np.ones(2))
+    assert memory == bytes(24)
+
+
+@pytest.mark.parametrize("n", [np.nan, -1.0, 2.5, np.inf])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_no_number_of_samples_is_refused(payloads, n, rank):
+    parts = [np.array([3.0, 1.0, 1.0]) for _ in range(2)]
+    parts[rank][0] = n
+    with pytest.raises(ValueError, match="n must be a number of samples"):
+        payloads.merge_moments(parts)
+
+
 def test_parts_that_do_not_fill_the_payload_are_refused_and_change_nothing(payloads):
     payload = np.zeros(4)
     for parts in ([np.ones(3)], [1.0, np.ones(4)]):

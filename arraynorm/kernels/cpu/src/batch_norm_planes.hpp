@@ -59,7 +59,7 @@ struct ForwardPlane {
         auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
             return write_run(y, length, call.streaming, next,
-                             Uniform{[=](int64_t j, auto count, auto) { return affine(j, count); }});
+                             InAnyOrder{[=](int64_t j, auto count, auto) { return affine(j, count); }});
         MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
         auto gated = [&](Pack<E> sum, auto count) {
             const auto v = converted<Computation<T>>(sum);
@@ -143,7 +143,7 @@ struct BackwardPlane {
         constexpr bool is_masked = !std::is_same_v<Mask, NoMask>;
         auto gated = [&](int64_t j, auto count, auto streams) {
             if constexpr (std::is_same_v<decltype(count), Two>) {
-                const auto stored = mask.gate(j, load_stored(dy + j), count);
+                const auto stored = mask.gate(j, load_stored(dy + j, count), count);
                 if (is_masked && daddend) {
                     if (together)
                         put_stored(daddend + j, stored, streams);
@@ -164,10 +164,10 @@ struct BackwardPlane {
         };
         const auto v = values;
         if (!needs_x)
-            return write_run(dx, length, call.streaming, next, Uniform{[&](int64_t j, auto count, auto streams) {
+            return write_run(dx, length, call.streaming, next, InAnyOrder{[&](int64_t j, auto count, auto streams) {
                                  return dx_of(gated(j, count, streams), v);
                              }});
-        write_run(dx, length, call.streaming, next, Uniform{[&](int64_t j, auto count, auto streams) {
+        write_run(dx, length, call.streaming, next, InAnyOrder{[&](int64_t j, auto count, auto streams) {
                       if constexpr (!std::is_same_v<decltype(count), int64_t>)
                           if (next_x) prefetch(next_x + j);
                       return dx_of(gated(j, count, streams), load<E>(x + j, count), v);

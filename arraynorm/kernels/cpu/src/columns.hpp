@@ -165,12 +165,13 @@ inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
     const int64_t width = tile.width();
     std::vector<E> pivots(width);
     if (tile.s > 1) {
-        // of one row, or of the first elements of some, whichever are more
+        // of a row, or of the first elements of some rows if those are more
         const int64_t number = number_of_pivots(tile.rows);
+        const bool of_rows = number > number_of_pivots(tile.s);
         for (int64_t j = 0; j < width; j += tile.s) {
             T first[lanes];
-            for (int64_t row = 0; row < number; ++row) first[row] = *x.at(row, j);
-            const double pivot = number > tile.s ? pivot_of(first, number) : pivot_of(x.at(0, j), tile.s);
+            for (int64_t row = 0; of_rows && row < number; ++row) first[row] = *x.at(row, j);
+            const double pivot = of_rows ? pivot_of(first, number) : pivot_of(x.at(0, j), tile.s);
             std::fill_n(pivots.begin() + j, tile.s, E(pivot));
         }
         return pivots;

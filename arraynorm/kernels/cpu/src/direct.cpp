@@ -56,7 +56,7 @@ PyArrayObject* plain_parameter(PyObject* argument, PyArrayObject* x, int axis, i
     return array;
 }
 
-// An x of bfloat16 takes no NaN in what it comes together with: that would have to be made `quiet`.
+// Declines a NaN that comes together with an x of bfloat16: on the longer way it is made `quiet`.
 template <class Values>
 void require_no_nan(const Values& values, int64_t size, PyArrayObject* x) {
     if (*dtype_of(x) != DType::bfloat16) return;

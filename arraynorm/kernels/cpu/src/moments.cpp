@@ -1,25 +1,22 @@
 // What the ranks of a communicator bring: distributed/_moments.py, operation by operation, for the same bits.
 #include <algorithm>
+#include <cmath>
 
 #include "native.hpp"
 
 namespace arraynorm {
 namespace {
 
-struct Vector {
-    double* data;
-    npy_intp size;
-};
-
-Vector vector_of(PyObject* object) {
+// A contiguous float64 vector.
+PyArrayObject* vector_of(PyObject* object) {
     if (PyArray_Check(object)) {
         auto* array = reinterpret_cast<PyArrayObject*>(object);
-        if (PyArray_TYPE(array) == NPY_DOUBLE && PyArray_NDIM(array) == 1 && PyArray_ISCARRAY_RO(array))
-            return {static_cast<double*>(PyArray_DATA(array)), PyArray_SIZE(array)};
+        if (PyArray_TYPE(array) == NPY_DOUBLE && PyArray_NDIM(array) == 1 && PyArray_ISCARRAY_RO(array)) return array;
     }
     PyErr_Format(PyExc_TypeError, "a payload must be a contiguous float64 vector, got %R", object);
     throw PythonError{};
 }
+const double* data_of(PyArrayObject* array) { return static_cast<const double*>(PyArray_DATA(array)); }
 
 [[noreturn]] void refuse(const char* rule) {
     PyErr_SetString(PyExc_ValueError, rule);
@@ -31,9 +28,9 @@ struct Payloads {
     explicit Payloads(PyObject* sequence) : owned(Ref::checked(PySequence_Fast(sequence, "payloads: a sequence"))) {
         const npy_intp ranks = PySequence_Fast_GET_SIZE(owned.get());
         for (npy_intp rank = 0; rank < ranks; ++rank) {
-            const Vector payload = vector_of(PySequence_Fast_GET_ITEM(owned.get(), rank));
-            if (rank && payload.size != size) refuse("payloads must be of one size");
-            of_rank.push_back(payload.data), size = payload.size;
+            PyArrayObject* payload = vector_of(PySequence_Fast_GET_ITEM(owned.get(), rank));
+            if (rank && PyArray_SIZE(payload) != size) refuse("payloads must be of one size");
+            of_rank.push_back(data_of(payload)), size = PyArray_SIZE(payload);
         }
         if (!ranks) refuse("there must be a payload");
     }
@@ -51,11 +48,17 @@ public:
             number_ = PyFloat_AsDouble(object);
             if (number_ == -1 && PyErr_Occurred()) throw PythonError{};
         } else {
-            array_ = Ref::checked(PyArray_FROM_OTF(object, NPY_DOUBLE, NPY_ARRAY_CARRAY_RO));
+            const Ref any = Ref::checked(PyArray_FROM_O(object)),
+                      type(Ref::checked(reinterpret_cast<PyObject*>(PyArray_DescrFromType(NPY_DOUBLE))));
+            if (!PyArray_CanCastArrayTo(any.array(), type.descr(), NPY_SAME_KIND_CASTING)) {
+                PyErr_Format(PyExc_TypeError, "pack_payload: parts must be of real numbers, got %R", object);
+                throw PythonError{};
+            }
+            array_ = Ref::checked(PyArray_FROM_OTF(any.get(), NPY_DOUBLE, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST));
         }
     }
     npy_intp size() const { return array_ ? PyArray_SIZE(array_.array()) : 1; }
-    const double* data() const { return array_ ? static_cast<const double*>(PyArray_DATA(array_.array())) : &number_; }
+    const double* data() const { return array_ ? data_of(array_.array()) : &number_; }
 
 private:
     double number_ = 0;
@@ -65,12 +68,13 @@ private:
 PyObject* pack_payload(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     return guarded([&] {
         if (given < 1) refuse("pack_payload: there must be a payload");
-        const Vector payload = vector_of(arguments[0]);
+        PyArrayObject* payload = vector_of(arguments[0]);
+        if (!PyArray_ISWRITEABLE(payload)) refuse("pack_payload: the payload must not be read-only");
         std::vector<Part> parts(arguments + 1, arguments + given);
         npy_intp size = 0;
         for (const Part& part : parts) size += part.size();
-        if (size != payload.size) refuse("pack_payload: the parts must fill the payload");
-        double* end = payload.data;
+        if (size != PyArray_SIZE(payload)) refuse("pack_payload: the parts must fill the payload");
+        double* end = static_cast<double*>(PyArray_DATA(payload));
         for (const Part& part : parts) end = std::copy_n(part.data(), part.size(), end);
         Py_RETURN_NONE;
     });
@@ -97,6 +101,8 @@ PyObject* merge_moments(PyObject*, PyObject* argument) {
         Ref means = new_vector(channels, mean), squares = new_vector(channels, m2);
         for (const double* part : payloads.of_rank) {
             const double n_part = part[0], *mean_part = part + 1, *m2_part = mean_part + channels;
+            if (!(n_part >= 0 && n_part < 0x1p53) || n_part != std::floor(n_part))
+                refuse("merge_moments: n must be a number of samples");
             if (n == 0) {  // an empty rank has no mean
                 n = n_part;
                 std::copy_n(mean_part, channels, mean);

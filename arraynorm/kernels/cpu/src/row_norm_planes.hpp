@@ -24,7 +24,7 @@ template <class T, class E>
         const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, call.bias.value_or(first + run, 0))));
         write_run(
             row_y + run * call.y.channel + i, length, call.streaming, ahead,
-            Uniform{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
+            InAnyOrder{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
     });
     if (call.streaming) finish_streaming();
 }
@@ -77,7 +77,7 @@ template <class T, class E>
     blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) {
         const T *dy = all_dy + i, *x = all_x + i;
         write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, dy_ahead ? dy + dy_ahead : nullptr,
-                  Uniform{[=](int64_t j, auto count, auto) {
+                  InAnyOrder{[=](int64_t j, auto count, auto) {
                       if constexpr (!std::is_same_v<decltype(count), int64_t>)
                           if (x_ahead) prefetch(x + x_ahead + j);
                       return fma(load<E>(dy + j, count), of_dy,

@@ -283,16 +283,17 @@ inline int64_t to_line(const T* p) {
     return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) % 64 / sizeof(T);
 }
 
-// A value that depends on its place by what it loads from there alone, and may be asked for a pair.
+// A value that may be asked for a pair, value(i, Two{}, ...): the same is done to all elements, in whatever order they
+// are loaded.
 template <class Value>
-struct Uniform : Value {};
+struct InAnyOrder : Value {};
 template <class Value>
-Uniform(Value) -> Uniform<Value>;
+InAnyOrder(Value) -> InAnyOrder<Value>;
 
 template <class Value>
-inline constexpr bool is_uniform = false;
+inline constexpr bool is_in_any_order = false;
 template <class Value>
-inline constexpr bool is_uniform<Uniform<Value>> = true;
+inline constexpr bool is_in_any_order<InAnyOrder<Value>> = true;
 
 // y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
 // for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be
@@ -306,11 +307,11 @@ template <class T, class Value>
     const char* next = static_cast<const char*>(ahead);
     int64_t i = 0;
     auto write_line = [&](auto way) __attribute__((always_inline)) {
-        if constexpr (line == lanes) {
+        if constexpr (line == lanes) {  // of double
             way.value ? stream(y + i, value(i, Full{}, way)) : store(y + i, value(i, Full{}, way));
         } else {
             for (int64_t k = i; k < i + line; k += 2 * lanes)
-                if constexpr (has_pairs<T> && is_uniform<Value>) {
+                if constexpr (has_pairs<T> && is_in_any_order<Value>) {
                     put(y + k, value(k, Two{}, way), way);
                 } else {
                     const auto first = value(k, Full{}, way), second = value(k + lanes, Full{}, way);

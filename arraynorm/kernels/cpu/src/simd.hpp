@@ -172,8 +172,9 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
     return r;
 }
 
-// The upper halves, rounded to nearest, ties to even, above whatever is left. Of a NaN the lower half is zero, so that
-// nothing is carried out of it: it comes from a bfloat16, from arithmetic, or from a parameter by way of `quiet`.
+// The upper halves, rounded to nearest, ties to even; the lower halves are left over. Of a NaN the lower half must be
+// zero, or a carry out of it could make it zero or infinity: it comes from a bfloat16, from arithmetic, or from a
+// parameter by way of `quiet`.
 [[gnu::always_inline]] inline __m256i rounded_above(Pack<float> a) {
     const __m256i bits = _mm256_castps_si256(a.part[0]);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -473,7 +474,8 @@ template <class T>
 }
 #endif
 
-// Two packs side by side, with one store where a register holds them; as `stream`, or as `store`.
+// Two packs side by side, with one store where a register holds them; streamed or not. If they are, p must be aligned
+// to 32 bytes, for the 16-bit formats too.
 template <class T, class E, class Streams>
 [[gnu::always_inline]] inline void put(T* p, Pack<E> a, Pack<E> b, Streams) {
 #if defined(__AVX2__)
@@ -523,7 +525,7 @@ template <class T>
 inline constexpr bool has_pairs = sizeof(T) == 2;
 
 template <class T>
-[[gnu::always_inline]] inline __m256i load_stored(const T* p) {
+[[gnu::always_inline]] inline __m256i load_stored(const T* p, Two) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
@@ -542,7 +544,7 @@ template <class E, class T>
 }
 template <class E, class T>
 [[gnu::always_inline]] inline Pair<E> load(const T* p, Two) {
-    return pair_of<E>(T{}, load_stored(p));
+    return pair_of<E>(T{}, load_stored(p, Two{}));
 }
 
 template <class T, class E, class Streams>
