@@ -28,6 +28,7 @@ MAX_GATHERED_RANKS = 16
 Measured with 2 to 16 ranks and 64 to 4096 channels, and by the cost model for a network of 5 us: docs/cost_model.md.
 """
 
+# pack_payload, add_payloads and merge_moments: of the extension where it is built, else of Python, to the same bits.
 _payloads: Any = _moments if native is None else native
 
 _UNANNOUNCED = _fields.pack({"operation": "a payload that no agree announced"})
