@@ -18,12 +18,11 @@ struct Tiles {
     static Tiles of(const Volume& v) {
         Tiles t{v.n, v.c, v.s};
         const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s), size = t.rows * row;
-        const bool is_small = size <= 32 * cache;
-        int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
-        // Out of the third-level cache, wide tiles are read faster than narrow ones are read again.
-        if (is_small) columns = std::max(columns, std::clamp<int64_t>(row / 4, 64, 2048 / sizeof(T)));
-        const bool is_one_tile = columns >= row;
-        if (is_one_tile ? size <= 2 * cache : columns >= 64)
+        const int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
+        // Out of the third-level cache, whole rows are read faster than narrow tiles are read again.
+        const bool is_small = size <= 32 * cache && row <= 4096;
+        const bool is_one_tile = std::max<int64_t>(columns, 64) >= row;
+        if (is_one_tile ? size <= 2 * cache : columns >= 64 && !is_small)
             // eight channels, so that a tile begins with a byte of the mask
             t.channels_per_tile = std::max<int64_t>(1, columns / std::max<int64_t>(1, 8 * v.s)) * 8;
         else
@@ -32,47 +31,48 @@ struct Tiles {
         return t;
     }
 
-    int64_t tiles() const { return (channels + channels_per_tile - 1) / channels_per_tile; }
+    int64_t tiles() const { return channels_per_tile ? (channels + channels_per_tile - 1) / channels_per_tile : 1; }
+    Tile tile(int64_t i) const {
+        const int64_t number = channels_per_tile ? channels_per_tile : channels;
+        return {0, rows, i * number, std::min(number, channels - i * number), s};
+    }
     int64_t first_row(int64_t block) const { return rows * block / row_blocks; }
 };
 
 // Reduces all channels, keeps their sums, and then writes.
 //
-// reduce(tile, sums) adds to the sums of its channels; keep(c, sum); write(tile, body) as with_values. What is `read`
-// and what is `written` are arrays in the shape of x; how sums are cut must not depend on where results go.
-template <class Sum, class Reduce, class Keep, class Write>
+// reduce(tile, add) is to keep what it makes of sums over the tile, for which it calls add(add_rows, sums); that calls
+// add_rows(rows, sums) for all of its rows, which adds to the sums of their channels. write(tile, body) as with_values.
+// What is `read` and what is `written` are arrays in the shape of x; how sums are cut must not depend on where results
+// go.
+template <class Reduce, class Write>
 inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tensor> read,
-                       std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Keep keep,
-                       Write write) {
+                       std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Write write) {
     const int64_t of_read = common(&Tensor::sample, read);
     const int64_t of_all = common(&Tensor::sample, written) == of_read ? of_read : 0;
+    const Tile all{0, t.rows, 0, t.channels, t.s};
     if (t.channels_per_tile && reduces) {
         parallel_for(t.tiles(), bytes, [&](int64_t i) {
-            const int64_t c = i * t.channels_per_tile, number = std::min(t.channels_per_tile, t.channels - c);
-            const Tile tile{0, t.rows, c, number, t.s};
-            std::vector<Sum> sums(number);
-            tile.widened(of_read, [&](const Tile& some) { reduce(some, sums.data()); });
-            for (int64_t k = 0; k < number; ++k) keep(c + k, sums[k]);
-            if (writes) write(tile.columns(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
+            const Tile tile = t.tile(i);
+            reduce(tile, [&](auto add_rows, Sums* sums) {
+                tile.widened(of_read, [&](const Tile& rows) { add_rows(rows, sums); });
+            });
+            if (writes) write(tile.widest(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
         });
         return;
     }
-    if (reduces) {
-        std::vector<Sum> sums(t.row_blocks * t.channels);
-        parallel_for(t.row_blocks, bytes, [&](int64_t block) {
-            const int64_t row = t.first_row(block);
-            Tile{row, t.first_row(block + 1) - row, 0, t.channels, t.s}.widened(
-                of_read, [&](const Tile& some) { reduce(some, sums.data() + block * t.channels); });
+    if (reduces)
+        reduce(all, [&](auto add_rows, Sums* sums) {
+            std::vector<Sums> of_blocks(t.row_blocks * t.channels);
+            parallel_for(t.row_blocks, bytes, [&](int64_t block) {
+                const int64_t row = t.first_row(block);
+                Tile{row, t.first_row(block + 1) - row, 0, t.channels, t.s}.widened(
+                    of_read, [&](const Tile& rows) { add_rows(rows, of_blocks.data() + block * t.channels); });
+            });
+            for (int64_t i = 0; i < t.row_blocks * t.channels; ++i) sums[i % t.channels].add(of_blocks[i]);
         });
-        for (int64_t c = 0; c < t.channels; ++c) {
-            Sum sum{};
-            for (int64_t block = 0; block < t.row_blocks; ++block) sum.add(sums[block * t.channels + c]);
-            keep(c, sum);
-        }
-    }
-    const Tile all{0, t.rows, 0, t.channels, t.s};
     if (writes)
-        write(all.columns(of_all), [&](auto write_rows) {
+        write(all.widest(of_all), [&](auto write_rows) {
             over_row_blocks(all, bytes, [&](const Tile& some) { some.widened(of_all, write_rows); });
         });
 }
@@ -81,25 +81,33 @@ inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tens
 inline int64_t all_to_a_row(const Volume& v, const Tile& tile) { return v.c * v.s * tile.repeat; }
 inline int64_t first_bit(const Volume& v, const Tile& tile) { return (tile.row * v.c + tile.first) * v.s; }
 
+// Whether what is read to write a tile comes out of memory; a tile of some channels sits in the cache by then.
+template <class Call>
+inline bool is_uncached(const Call& call, const Tile& tile) {
+    return call.streaming && tile.channels == call.volume.c;
+}
+
 // -- forward --------------------------------------------------------------------------------------------------
 
 template <class T, class Values>
 [[gnu::flatten]] void write_forward(const BatchNormForward& call, const Tile& tile, const Values& values) {
     using E = typename Values::Element;
-    const auto x = rows_of<const T>(call.x, tile), addend = rows_of<const T>(call.addend, tile);
+    const bool uncached = is_uncached(call, tile);
+    const auto x = rows_of<const T>(call.x, tile, uncached), addend = rows_of<const T>(call.addend, tile, uncached);
     const auto y = rows_of<T>(call.y, tile);
     auto affine = [=](const auto& v, int64_t r, int64_t j, auto count) { return y_of(load<E>(x.at(r, j), count), v); };
-    if (!call.mask) return write_columns(y, tile, call.streaming, values, affine);
+    if (!call.mask) return write_columns(y, tile, call.streaming, values, affine, x);
     const int64_t all = all_to_a_row(call.volume, tile), bit = first_bit(call.volume, tile);
     const bool whole_bytes = all % 8 == 0 && bit % 8 == 0 && tile.width() % 8 == 0;
     uint8_t* bytes = whole_bytes ? call.mask + bit / 8 : nullptr;
-    write_columns(y, tile, call.streaming, values, [=](const auto& v, int64_t r, int64_t j, auto count) {
+    auto sum_relu = [=](const auto& v, int64_t r, int64_t j, auto count) {
         Pack<E> sum = affine(v, r, j, count);
         if (addend.start) sum = sum + load<E>(addend.at(r, j), count);
         const auto result = converted<Computation<T>>(sum);
         if (bytes) bytes[(r * all + j) / 8] = uint8_t(positive<T>(result));
         return relu(result);
-    });
+    };
+    write_columns(y, tile, call.streaming, values, sum_relu, x, addend);
     if (bytes) return;
     for (int64_t r = 0; r < tile.rows; ++r) {  // rows that share bytes
         MaskWriter mask(call.mask, bit + r * all);
@@ -111,19 +119,28 @@ template <class T, class Values>
 }
 
 template <class T>
+void keep_moments(const BatchNormForward& call, const Tile& tile, auto add) {
+    summed<T>(call.volume.plane_size(), [&](auto e) {
+        channel_moments<decltype(e)>(
+            rows_of<const T>(call.x, tile), tile,
+            [&](auto e, const double* centers, Sums* sums) {
+                auto add_rows = [&](const Tile& rows, Sums* total) {
+                    const auto x = rows_of<const T>(call.x, rows, call.streaming);
+                    add_deviations<decltype(e)>(x, rows, centers, total);
+                };
+                add(add_rows, sums);
+            },
+            [&](int64_t c, const Moments& moments) { keep_statistics(call, tile.first + c, moments); });
+    });
+}
+
+template <class T>
 void forward_columns(const BatchNormForward& call) {
     using E = MapType<T>;
     const Volume& v = call.volume;
-    over_tiles<Moments>(
+    over_tiles(
         Tiles::of<T>(v), 2 * v.size() * sizeof(T), {call.x}, {call.addend, call.y}, call.takes_statistics, call.writes,
-        [&](const Tile& tile, Moments* moments) {
-            summed<T>(v.plane_size(), [&](auto e) {
-                channel_moments<decltype(e)>(
-                    rows_of<const T>(call.x, tile, call.streaming), tile,
-                    [&](int64_t c, const Moments& found) { moments[c % tile.channels].add(found); });
-            });
-        },
-        [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
+        [&](const Tile& tile, auto add) { keep_moments<T>(call, tile, add); },
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
@@ -135,18 +152,25 @@ void forward_columns(const BatchNormForward& call) {
 // -- backward -------------------------------------------------------------------------------------------------
 
 template <class T, class Mask>
-void add_backward_sums(const BatchNormBackward& call, const Tile& tile, Sums* total) {
-    const int64_t all = all_to_a_row(call.volume, tile);
-    const Mask mask(call.mask, first_bit(call.volume, tile));
+void keep_products(const BatchNormBackward& call, const Tile& tile, auto add) {
     summed<T>(call.volume.plane_size(), [&](auto e) {
         using E = decltype(e);
-        channel_sums<E>(
-            rows_of<const T>(call.dy, tile, call.streaming), rows_of<const T>(call.x, tile, call.streaming), tile,
-            [&](int64_t c) { return is_tame<E>(call.mean[tile.channel(c)], call.rstd[tile.channel(c)]); },
-            [&](int64_t c) { return call.mean[tile.channel(c)]; },
-            [=](auto dy, int64_t row, int64_t j, auto count)
-                __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); },
-            [&](int64_t c, const Sums& sums) { total[c % tile.channels].add(sums); });
+        channel_products<E>(
+            tile.channels, [&](int64_t c) { return call.mean[tile.first + c]; },
+            [&](int64_t c) { return is_tame<E>(call.mean[tile.first + c], call.rstd[tile.first + c]); },
+            [&](auto e, const double* means, Sums* sums) {
+                auto add_rows = [&](const Tile& rows, Sums* total) {
+                    const auto dy = rows_of<const T>(call.dy, rows, call.streaming),
+                               x = rows_of<const T>(call.x, rows, call.streaming);
+                    const int64_t all = all_to_a_row(call.volume, rows);
+                    const Mask mask(call.mask, first_bit(call.volume, rows));
+                    auto gate = [=](auto dy, int64_t row, int64_t j, auto count)
+                                    __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); };
+                    add_products<decltype(e)>(dy, x, rows, means, gate, total);
+                };
+                add(add_rows, sums);
+            },
+            [&](int64_t c, const Sums& sums) { keep_sums(call, tile.first + c, sums); });
     });
 }
 
@@ -154,7 +178,8 @@ template <class T, class Mask, class Values>
 [[gnu::flatten]] void write_backward(const BatchNormBackward& call, const Tile& tile, const Values& values) {
     using E = typename Values::Element;
     const int64_t all = all_to_a_row(call.volume, tile);
-    const auto dy = rows_of<const T>(call.dy, tile), x = rows_of<const T>(call.x, tile);
+    const bool uncached = is_uncached(call, tile);
+    const auto dy = rows_of<const T>(call.dy, tile, uncached), x = rows_of<const T>(call.x, tile, uncached);
     const auto dx = rows_of<T>(call.dx, tile), daddend = rows_of<T>(call.daddend, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
     auto gated = [=](int64_t r, int64_t j, auto count) {
@@ -163,23 +188,21 @@ template <class T, class Mask, class Values>
             if (daddend.start) store(daddend.at(r, j), g, count);
         return converted<E>(g);
     };
-    if (!call.mean_dy)
-        write_columns(dx, tile, call.streaming, values,
-                      [=](const auto& v, int64_t r, int64_t j, auto count) { return dx_of(gated(r, j, count), v); });
-    else
-        write_columns(dx, tile, call.streaming, values, [=](const auto& v, int64_t r, int64_t j, auto count) {
-            return dx_of(gated(r, j, count), load<E>(x.at(r, j), count), v);
-        });
+    auto of_dy = [=](const auto& v, int64_t r, int64_t j, auto count) { return dx_of(gated(r, j, count), v); };
+    if (!call.mean_dy) return write_columns(dx, tile, call.streaming, values, of_dy, dy);
+    auto of_both = [=](const auto& v, int64_t r, int64_t j, auto count) {
+        return dx_of(gated(r, j, count), load<E>(x.at(r, j), count), v);
+    };
+    write_columns(dx, tile, call.streaming, values, of_both, dy, x);
 }
 
 template <class T, class Mask>
 void backward_columns(const BatchNormBackward& call) {
     using E = MapType<T>;
     const Volume& v = call.volume;
-    over_tiles<Sums>(
+    over_tiles(
         Tiles::of<T>(v), 3 * v.size() * sizeof(T), {call.dy, call.x}, {call.dx, call.daddend}, call.reduces,
-        call.writes, [&](const Tile& tile, Sums* sums) { add_backward_sums<T, Mask>(call, tile, sums); },
-        [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
+        call.writes, [&](const Tile& tile, auto add) { keep_products<T, Mask>(call, tile, add); },
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },

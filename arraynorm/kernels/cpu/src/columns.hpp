@@ -24,12 +24,17 @@ struct Tile {
     int64_t width() const { return all() * s; }
     int64_t channel(int64_t c) const { return first + c % channels; }
 
-    // Rows to be taken as one where they lie `distance` apart. A few columns alone would not fill a pack: of adjacent
-    // rows some are taken as one.
-    int64_t rows_as_one(int64_t distance) const { return distance == width() && width() < 64 && rows >= 64 ? 64 : 1; }
+    // Rows to be taken as one where they lie `distance` apart: a few columns alone would not fill a pack, or a loop;
+    // and many would not stay in the first-level cache with what goes with them.
+    int64_t rows_as_one(int64_t distance) const {
+        if (distance != width() || width() >= 256) return 1;
+        int64_t number = 1;
+        while (number < 64 && (number * width() < 64 || number * width() % lanes)) number *= 2;
+        return rows >= 8 * number ? number : 1;
+    }
 
     // A tile with the columns that the widest of its rows has.
-    Tile columns(int64_t distance) const { return {row, 0, first, channels, s, rows_as_one(distance)}; }
+    Tile widest(int64_t distance) const { return {row, 0, first, channels, s, rows_as_one(distance)}; }
 
     // visit(tile) for all of this one, whose rows are those of memory.
     template <class Visit>
@@ -67,19 +72,21 @@ template <class T>
 struct RowsOf {
     T* start;
     int64_t distance;
-    // Rows below the ones that are summed up: these are fetched. 0 where there is a cache that holds all: out of that
-    // they come in time by themselves, and fetching costs a third.
-    int64_t ahead = 0;
+    bool uncached = false;  // fetched ahead; out of a cache it comes in time by itself, and fetching costs a third
 
     T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
+    bool are_near() const { return distance * int64_t(sizeof(T)) < page; }
+    [[gnu::always_inline]] void fetch(int64_t row, int64_t j) const {
+        if (uncached) __builtin_prefetch(further_on(at(row, j)), 0, 3);
+    }
+
+    static constexpr int64_t page = 4096;
 };
 
-inline int64_t rows_ahead(bool streaming) { return streaming ? group_size : 0; }
-
 template <class T>
-inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile, bool streaming = false) {
+inline RowsOf<T> rows_of(const Tensor& tensor, const Tile& tile, bool uncached = false) {
     if (!tensor) return {};
-    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat, rows_ahead(streaming)};
+    return {tensor.at<T>(tile.row, tile.first), tensor.sample * tile.repeat, uncached};
 }
 
 // step(row, number of rows, first column, number of packs, count) for all columns: `packs` packs at once, of the first
@@ -105,158 +112,204 @@ inline constexpr int line_packs = std::max<int>(1, 64 / int(sizeof(T)) / lanes);
 
 // -- sums -----------------------------------------------------------------------------------------------------
 
-// Sums of columns: two for each.
-struct ColumnSums {
-    std::vector<double> first, second;
-    explicit ColumnSums(int64_t width) : first(width), second(width) {}
+// A value per channel for each of the tile's columns.
+template <class E>
+inline std::vector<E> by_columns(const Tile& tile, const double* of_channels) {
+    std::vector<E> columns(tile.width());
+    E* to = columns.data();
+    if (tile.s == 1)
+        for (int64_t c = 0; c < tile.channels; ++c) *to++ = E(of_channels[c]);
+    else
+        for (int64_t c = 0; c < tile.channels; ++c, to += tile.s) std::fill_n(to, tile.s, E(of_channels[c]));
+    for (int64_t k = 1; k < tile.repeat; ++k, to += tile.channels * tile.s)
+        std::copy_n(columns.data(), tile.channels * tile.s, to);
+    return columns;
+}
 
-    // Adds terms(row, j, count), in E, for all rows and columns of the tile; they are read from `streams`.
+// Sums of columns: two for each.
+class ColumnSums {
+public:
+    explicit ColumnSums(const Tile& tile) : tile_(tile), first_(tile.width()), second_(tile.width()) {}
+
+    // Adds terms(row, j, count), in E, for all rows and columns of the tile; they are read from the `streams`.
     template <class E, class TermsOf, class T, class... More>
-    [[gnu::always_inline]] void add(const Tile& tile, TermsOf terms, RowsOf<const T> stream, More... more) {
-        over_rows<group_size, line_packs<T>>(
-            tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
-                Pack<E> a[packs.value], b[packs.value];
-                auto fetch_below = [&](int64_t r) __attribute__((always_inline)) {
-                    fetch(tile, stream, r, j);
-                    (fetch(tile, more, r, j), ...);
-                };
-                fetch_below(row);
-                for (int p = 0; p < packs.value; ++p) {
-                    const Terms<E> t = terms(row, j + p * lanes, count);
-                    a[p] = t.first, b[p] = t.a * t.b;
-                }
-                for (int k = 1; k < number.value; ++k) {
-                    fetch_below(row + k);
-                    for (int p = 0; p < packs.value; ++p) {
-                        const Terms<E> t = terms(row + k, j + p * lanes, count);
-                        a[p] = a[p] + t.first, b[p] = fma(t.a, t.b, b[p]);
-                    }
-                }
-                for (int p = 0; p < packs.value; ++p) {
-                    keep(a[p], first.data() + j + p * lanes, count);
-                    keep(b[p], second.data() + j + p * lanes, count);
-                }
-            });
+    [[gnu::always_inline]] void add(TermsOf terms, RowsOf<const T> stream, More... more) {
+        // the streams of rows as wide as whole pages the hardware follows by itself
+        const bool fetches = stream.uncached && (stream.distance != tile_.width() || stream.are_near());
+        fetches ? add_rows<E>(std::true_type{}, terms, stream, more...)
+                : add_rows<E>(std::false_type{}, terms, stream, more...);
     }
 
-    // Those of the columns [begin, end).
-    Sums of(int64_t begin, int64_t end) const {
-        Sums sums;
-        for (int64_t j = begin; j < end; ++j) sums.add({first[j], second[j]});
-        return sums;
+    // Adds those of each channel's columns to its total.
+    void add_to(Sums* total) const {
+        const double *a = first_.data(), *b = second_.data();
+        for (int64_t k = 0; k < tile_.repeat; ++k)
+            if (tile_.s == 1)
+                for (int64_t c = 0; c < tile_.channels; ++c) total[c].add({*a++, *b++});
+            else
+                for (int64_t c = 0; c < tile_.channels; ++c, a += tile_.s, b += tile_.s)
+                    total[c].add({sum_of(a, tile_.s), sum_of(b, tile_.s)});
     }
 
 private:
+    static double sum_of(const double* values, int64_t n) {
+        Pack<double> all(0.0);
+        int64_t i = 0;
+        for (; i + lanes <= n; i += lanes) all = all + load<double>(values + i);
+        return sum(i < n ? all + load<double>(values + i, n - i) : all);
+    }
     template <class E, class Count>
     [[gnu::always_inline]] static void keep(Pack<E> sum, double* total, Count count) {
         store(total, load<double>(total, count) + widened(sum), count);
     }
+    template <class E, class Fetches, class TermsOf, class T, class... More>
+    [[gnu::always_inline]] void add_rows(Fetches, TermsOf terms, RowsOf<const T> stream, More... more) {
+        over_rows<group_size, line_packs<T>>(
+            tile_, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+                Pack<E> a[packs.value], b[packs.value];
+#pragma GCC unroll 8
+                for (int k = 0; k < number.value; ++k) {
+                    if constexpr (Fetches::value) fetch_below(row + k, j, stream), (fetch_below(row + k, j, more), ...);
+                    for (int p = 0; p < packs.value; ++p) {
+                        const Terms<E> t = terms(row + k, j + p * lanes, count);
+                        a[p] = k == 0 ? t.first : a[p] + t.first;
+                        b[p] = k == 0 ? t.a * t.b : fma(t.a, t.b, b[p]);
+                    }
+                }
+                for (int p = 0; p < packs.value; ++p) {
+                    keep(a[p], first_.data() + j + p * lanes, count);
+                    keep(b[p], second_.data() + j + p * lanes, count);
+                }
+            });
+    }
     // The line below or, at the end of the rows, one of the next columns, with which this thread perhaps goes on.
     template <class T>
-    [[gnu::always_inline]] static void fetch(const Tile& tile, RowsOf<const T> stream, int64_t row, int64_t j) {
-        const int64_t below = row + stream.ahead;
-        prefetch(below < tile.rows ? stream.at(below, j) : stream.at(below - tile.rows, j + tile.width()));
+    [[gnu::always_inline]] void fetch_below(int64_t row, int64_t j, RowsOf<const T> stream) const {
+        const int64_t below = row + group_size;
+        prefetch(below < tile_.rows ? stream.at(below, j) : stream.at(below - tile_.rows, j + tile_.width()));
     }
+
+    Tile tile_;
+    std::vector<double> first_, second_;
 };
 
-// Where the sums of channels start from, for each of their columns: the mean of a channel's first elements.
-template <class E, class T>
-inline std::vector<E> channel_pivots(RowsOf<const T> x, const Tile& tile) {
-    const int64_t width = tile.width();
-    std::vector<E> pivots(width);
-    if (tile.s > 1) {
-        // of a row, or of the first elements of some rows if those are more
-        const int64_t number = number_of_pivots(tile.rows);
-        const bool of_rows = number > number_of_pivots(tile.s);
-        for (int64_t j = 0; j < width; j += tile.s) {
-            T first[lanes];
-            for (int64_t row = 0; of_rows && row < number; ++row) first[row] = *x.at(row, j);
-            const double pivot = of_rows ? pivot_of(first, number) : pivot_of(x.at(0, j), tile.s);
-            std::fill_n(pivots.begin() + j, tile.s, E(pivot));
-        }
-        return pivots;
-    }
+// Where the sums of a tile's channels start from, as pivot_of. Of several rows those that are taken lie all over the
+// tile, for neighbours are often alike.
+template <class T>
+inline void find_pivots(RowsOf<const T> x, const Tile& tile, double* pivots) {
+    using E = Computation<T>;
     const int64_t number = number_of_pivots(tile.rows);
-    const Pack<E> inverse(E(1) / E(number));
-    for (int64_t j = 0; j < width; j += lanes) {
-        const int64_t count = std::min<int64_t>(lanes, width - j);
-        Pack<E> sum(0);
-        for (int64_t row = 0; row < number; ++row) sum = sum + load<E>(x.at(row, j), count);
-        T stored[lanes];
-        store(stored, sum * inverse);  // as T has it: see pivot_of
-        store(pivots.data() + j, load<E>(stored), count);
+    auto row = [&](int64_t k) { return k * tile.rows / number; };
+    for (int64_t c = 0; tile.s > 1 && c < tile.channels; ++c) {
+        T some[lanes];
+        const bool of_rows = number > number_of_pivots(tile.s);
+        for (int64_t k = 0; of_rows && k < number; ++k) some[k] = *x.at(row(k), c * tile.s);
+        pivots[c] = of_rows ? pivot_of(some, number) : pivot_of(x.at(0, c * tile.s), tile.s);
     }
-    return pivots;
+    for (int64_t c = 0; tile.s == 1 && c < tile.channels; c += lanes) {
+        const int64_t count = std::min<int64_t>(lanes, tile.channels - c);
+        Pack<E> sum(0);
+        for (int64_t k = 0; k < number; ++k) sum = sum + load<E>(x.at(row(k), c), count);
+        T stored[lanes];
+        store(stored, sum * Pack<E>(E(1) / E(number)));
+        store(pivots + c, converted<double>(load<E>(stored)), count);
+    }
 }
 
-// The moments of the tile's channels, the sums of which begin in E; take(c, moments) is told each one's.
-//
-// In one pass about the mean of a channel's first elements; one for which that lies far from the rest is looked at
-// again.
-template <class E, class T, class Take>
-[[gnu::flatten]] void channel_moments(RowsOf<const T> x, const Tile& tile, Take take) {
-    const double n = double(tile.rows * tile.s);
-    if (n == 0) return;
-    ColumnSums sums(tile.width());
-    const std::vector<E> pivots = channel_pivots<E>(x, tile);
-    const E* k = pivots.data();
+// Adds to each channel's total the sums of x - center and of its square, in E; a channel's center is one of E.
+template <class E, class T>
+[[gnu::flatten]] void add_deviations(RowsOf<const T> x, const Tile& tile, const double* centers, Sums* total) {
+    const std::vector<E> of_columns = by_columns<E>(tile, centers);
+    const E* k = of_columns.data();
+    ColumnSums sums(tile);
     sums.add<E>(
-        tile,
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> d = load<E>(x.at(row, j), count) - load<E>(k + j, count);
             return Terms<E>{d, d, d};
         },
         x);
-    for (int64_t c = 0; c < tile.all(); ++c) {
-        const int64_t j = c * tile.s;
-        auto runs = [&](auto f) {
-            for (int64_t row = 0; row < tile.rows; ++row) f(x.at(row, j), tile.s);
-        };
-        take(c, moments_by<E>(sums.of(j, j + tile.s), double(pivots[j]), n, x.at(0, j), runs));
-    }
+    sums.add_to(total);
 }
 
-// Two sums for each of the tile's channels, as channel_moments: of g, and of g * (x - mean of the channel), where
-// g = gate(dy, row, j, count).
-template <class E, class T, class MeanOf, class Gate, class Take>
-[[gnu::flatten]] void channel_sums_in(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, MeanOf mean_of,
-                                      Gate gate, Take take) {
-    std::vector<E> means(tile.width());
-    for (int64_t c = 0; c < tile.all(); ++c)
-        std::fill_n(means.begin() + c * tile.s, tile.s, Mean<E>(mean_of(c)).rounded);
-    const E* k = means.data();
-    ColumnSums sums(tile.width());
+// A gate that all of dy passes.
+struct Ungated {
+    template <class Dy, class Count>
+    [[gnu::always_inline]] Dy operator()(Dy dy, int64_t, int64_t, Count) const {
+        return dy;
+    }
+};
+
+// The same of g and of g * (x - mean), where g = gate(dy, row, j, count).
+template <class E, class T, class Gate>
+[[gnu::flatten]] void add_products(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, const double* means,
+                                   Gate gate, Sums* total) {
+    const std::vector<E> of_columns = by_columns<E>(tile, means);
+    const E* k = of_columns.data();
+    ColumnSums sums(tile);
     sums.add<E>(
-        tile,
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> g = gate(load<E>(dy.at(row, j), count), row, j, count);
             return Terms<E>{g, g, load<E>(x.at(row, j), count) - load<E>(k + j, count)};
         },
         dy, x);
-    for (int64_t c = 0; c < tile.all(); ++c) {
-        Sums sum = sums.of(c * tile.s, (c + 1) * tile.s);
-        sum.second = Mean<E>(mean_of(c)).constant(sum.first, sum.second);
-        take(c, sum);
-    }
+    sums.add_to(total);
 }
-// In the type that will do for a channel, is_tame(c) and the sums being what they should; else in double. What one
-// channel needs changes no bit of another.
-template <class E, class T, class IsTame, class MeanOf, class Gate, class Take>
-void channel_sums(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, IsTame is_tame, MeanOf mean_of, Gate gate,
-                  Take take) {
-    std::vector<Sums> found(tile.all());
-    std::vector<char> good(tile.all());
-    bool all = true;
-    channel_sums_in<E>(dy, x, tile, mean_of, gate, [&](int64_t c, const Sums& sums) {
-        found[c] = sums;
-        good[c] = is_tame(c) && is_representable<E>(sums);
-        all = all && good[c];
-    });
-    if (!all)
-        channel_sums_in<double>(dy, x, tile, mean_of, gate, [&](int64_t c, const Sums& sums) {
-            if (!good[c]) found[c] = sums;
-        });
-    for (int64_t c = 0; c < tile.all(); ++c) take(c, found[c]);
+
+// The moments of the channels of a tile; take(c, moments) is told each one's. add(e, centers, sums) adds up the
+// channels' sums about their centers, in e's type: in E about pivots, and should that not do for some channel, in
+// double about one of its elements and then about the mean that this gives. What one channel needs changes no bit of
+// another.
+template <class E, class T, class Add, class Take>
+inline void channel_moments(RowsOf<const T> x, const Tile& tile, Add add, Take take) {
+    const int64_t channels = tile.channels;
+    const double n = double(tile.rows * tile.s);
+    if (n == 0) {
+        for (int64_t c = 0; c < channels; ++c) take(c, Moments{});
+        return;
+    }
+    std::vector<double> centers(channels);
+    find_pivots(x, tile, centers.data());
+    std::vector<Sums> sums(channels);
+    add(E{}, centers.data(), sums.data());
+    std::vector<int64_t> rest;
+    for (int64_t c = 0; c < channels; ++c)
+        if (is_reliable<E>(sums[c], n))
+            take(c, moments_about(centers[c], n, sums[c]));
+        else
+            rest.push_back(c), centers[c] = to_float(*x.at(0, c * tile.s));
+    if (rest.empty()) return;
+    auto look_again = [&](auto each) {
+        std::fill(sums.begin(), sums.end(), Sums{});
+        add(double{}, centers.data(), sums.data());
+        for (int64_t c : rest) each(c);
+    };
+    look_again([&](int64_t c) { centers[c] += sums[c].first / n; });
+    look_again([&](int64_t c) { take(c, moments_about(centers[c], n, sums[c])); });
+}
+
+// The sums of g and of g * (x - mean) of channels, as channel_moments: in E where is_tame(c) and they are what they
+// should be, else in double. add(e, means as e's type has them, sums).
+template <class E, class MeanOf, class IsTame, class Add, class Take>
+inline void channel_products(int64_t channels, MeanOf mean_of, IsTame is_tame, Add add, Take take) {
+    std::vector<char> done(channels);
+    auto look = [&](auto e) {
+        using F = decltype(e);
+        std::vector<double> means(channels);
+        std::vector<Sums> sums(channels);
+        for (int64_t c = 0; c < channels; ++c) means[c] = double(Mean<F>(mean_of(c)).rounded);
+        add(e, means.data(), sums.data());
+        bool all = true;
+        for (int64_t c = 0; c < channels; ++c) {
+            if (done[c]) continue;
+            Sums found = sums[c];
+            found.second = Mean<F>(mean_of(c)).constant(found.first, found.second);
+            done[c] = std::is_same_v<F, double> || (is_tame(c) && is_representable<F>(found));
+            if (done[c]) take(c, found);
+            all &= bool(done[c]);
+        }
+        return all;
+    };
+    if (!look(E{})) look(double{});
 }
 
 // -- writing --------------------------------------------------------------------------------------------------
@@ -317,14 +370,15 @@ inline void with_values(const Tile& tile, IsTame is_tame, Of of, Write write, Bo
         });
 }
 
-// y at (row, j) = value(values of column j, row, j, count)
-template <class T, class Values, class Value>
+// y at (row, j) = value(values of column j, row, j, count), which is read from the `streams`
+template <class T, class Values, class Value, class... Streams>
 [[gnu::always_inline]] inline void write_columns(RowsOf<T> y, const Tile& tile, bool streaming, const Values& values,
-                                                 Value value) {
+                                                 Value value, Streams... read) {
     const bool stream_all = streaming && to_line(y.start) == 0 && y.distance * sizeof(T) % 64 == 0;
     auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
         over_rows<at_once.value, line_packs<T>>(
             tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
+                if constexpr (streams.value) (read.fetch(row, j), ...);
                 using P = decltype(values.at(j, count));
                 P of[packs.value];
                 for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);
@@ -339,12 +393,9 @@ template <class T, class Values, class Value>
                     }
             });
     };
-    // Memory is fastest walked as it lies. In the cache some rows at a time save loads of the values; of rows that lie
-    // whole pages apart, whose lines share their places in the cache, only two.
+    // Memory is fastest walked as it lies. In the cache some rows at a time save loads of the values.
     if (stream_all)
         write(std::integral_constant<int, 1>{}, std::true_type{});
-    else if (y.distance * sizeof(T) % 4096 == 0)
-        write(std::integral_constant<int, 2>{}, std::false_type{});
     else
         write(std::integral_constant<int, 4>{}, std::false_type{});
     if (stream_all) finish_streaming();

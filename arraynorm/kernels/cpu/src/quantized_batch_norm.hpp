@@ -196,7 +196,7 @@ struct QuantizedKernel {
             return std::array<double, 2>{lines[c].slope, lines[c].intercept};
         };
         auto any = [](int64_t) { return true; };
-        const auto values = values_of<float>(all.columns(distance), any, values_of_line).first;
+        const auto values = values_of<float>(all.widest(distance), any, values_of_line).first;
         over_row_blocks(all, 2 * v.size(), [&](const Tile& block) {
             const std::vector<Q> kept = results_of(exceptions, block);  // before the rest is written, for y may be x
             block.widened(distance, [&](const Tile& tile) {

@@ -31,9 +31,9 @@ struct Matrix {
 
 // Reduces every sample's channels, keeps its rows' sums, and then writes it.
 //
-// reduce(sample, tile, sums) adds to the sums of the sample's channels; keep(sample, sums of its channels);
-// write(sample, tile). What is `read` and what is `written` are arrays; how sums are cut must not depend on where
-// results go.
+// reduce(sample, tile, add, sums) adds to the sums of the sample's channels what it makes of add(add_rows, total), as
+// in over_tiles of batch norm; keep(sample, sums of its channels); write(sample, tile). What is `read` and what is
+// `written` are arrays; how sums are cut must not depend on where results go.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<Tensor> read, const Tensor& written,
                          Reduce reduce, Keep keep, Write write) {
@@ -42,12 +42,15 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
     const int64_t threads = num_threads(), sums_per_sample = m.blocks * m.channels;
     auto reduce_block = [&](int64_t sample, int64_t block, Sum* sums) {
         m.tiles(block, [&](const Tile& tile) {
-            tile.widened(of_read, [&](const Tile& some) { reduce(sample, some, sums + block * m.channels); });
+            auto add = [&](auto add_rows, Sums* total) {
+                tile.widened(of_read, [&](const Tile& some) { add_rows(some, total); });
+            };
+            reduce(sample, tile, add, sums + block * m.channels);
         });
     };
     auto write_block = [&](int64_t sample, int64_t block) {
         m.tiles(block, [&](const Tile& tile) {
-            write(sample, tile.columns(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
+            write(sample, tile.widest(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
         });
     };
     auto keep_sample = [&](int64_t sample, Sum* sums) {
@@ -74,8 +77,8 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
 }
 
 template <class T>
-inline RowsOf<T> rows_of(const Tensor& tensor, int64_t sample, const Tile& tile, bool streaming = false) {
-    return {tensor.at<T>(sample, tile.row) + tile.first * tile.s, tensor.channel * tile.repeat, rows_ahead(streaming)};
+inline RowsOf<T> rows_of(const Tensor& tensor, int64_t sample, const Tile& tile, bool uncached = false) {
+    return {tensor.at<T>(sample, tile.row) + tile.first * tile.s, tensor.channel * tile.repeat, uncached};
 }
 
 // -- forward --------------------------------------------------------------------------------------------------
@@ -84,11 +87,11 @@ template <class T, class Values>
 [[gnu::flatten]] void write_forward(const RowNormForward& call, int64_t sample, const Tile& tile,
                                     const Values& values) {
     using E = typename Values::Element;
-    const auto x = rows_of<const T>(call.x, sample, tile);
-    write_columns(rows_of<T>(call.y, sample, tile), tile, call.streaming, values,
-                  [=](const auto& v, int64_t r, int64_t j, auto count) {
-                      return fma(load<E>(x.at(r, j), count) - v[0], v[1], v[2]);
-                  });
+    const auto x = rows_of<const T>(call.x, sample, tile, call.streaming);
+    auto affine = [=](const auto& v, int64_t r, int64_t j, auto count) {
+        return fma(load<E>(x.at(r, j), count) - v[0], v[1], v[2]);
+    };
+    write_columns(rows_of<T>(call.y, sample, tile), tile, call.streaming, values, affine, x);
 }
 
 template <class T>
@@ -97,9 +100,18 @@ void forward_columns(const RowNormForward& call) {
     const Rows& rows = call.rows;
     over_samples<Moments>(
         rows, 2 * rows.elements() * sizeof(T), {call.x}, call.y,
-        [&](int64_t sample, const Tile& tile, Moments* moments) {
-            channel_moments<E>(rows_of<const T>(call.x, sample, tile, call.streaming), tile,
-                               [&](int64_t c, const Moments& found) { moments[tile.channel(c)].add(found); });
+        [&](int64_t sample, const Tile& tile, auto add, Moments* moments) {
+            const auto x = rows_of<const T>(call.x, sample, tile);
+            channel_moments<E>(
+                x, tile,
+                [&](auto e, const double* centers, Sums* sums) {
+                    auto add_rows = [&](const Tile& some, Sums* total) {
+                        const auto x = rows_of<const T>(call.x, sample, some, call.streaming);
+                        add_deviations<decltype(e)>(x, some, centers, total);
+                    };
+                    add(add_rows, sums);
+                },
+                [&](int64_t c, const Moments& found) { moments[tile.first + c].add(found); });
         },
         [&](int64_t sample, const Moments* moments) {
             for (int64_t g = 0; g < rows.groups; ++g) {
@@ -123,27 +135,16 @@ void forward_columns(const RowNormForward& call) {
 
 // -- backward -------------------------------------------------------------------------------------------------
 
-template <class T>
-void add_backward_sums(const RowNormBackward& call, int64_t sample, const Tile& tile, Sums* sums) {
-    const double *mean = call.mean + sample * call.rows.groups, *rstd = call.rstd + sample * call.rows.groups;
-    auto group_of = [&](int64_t c) { return tile.channel(c) / call.rows.channels; };
-    channel_sums<Computation<T>>(
-        rows_of<const T>(call.dy, sample, tile, call.streaming), rows_of<const T>(call.x, sample, tile, call.streaming),
-        tile, [&](int64_t c) { return is_tame<Computation<T>>(mean[group_of(c)], rstd[group_of(c)]); },
-        [&](int64_t c) { return mean[group_of(c)]; },
-        [](auto dy, int64_t, int64_t, auto) __attribute__((always_inline)) { return dy; },
-        [&](int64_t c, const Sums& found) { sums[tile.channel(c)].add(found); });
-}
-
 template <class T, class Values>
 [[gnu::flatten]] void write_backward(const RowNormBackward& call, int64_t sample, const Tile& tile,
                                      const Values& values) {
     using E = typename Values::Element;
-    const auto dy = rows_of<const T>(call.dy, sample, tile), x = rows_of<const T>(call.x, sample, tile);
-    write_columns(rows_of<T>(call.dx, sample, tile), tile, call.streaming, values,
-                  [=](const auto& v, int64_t r, int64_t j, auto count) {
-                      return fma(load<E>(dy.at(r, j), count), v[1], fma(load<E>(x.at(r, j), count) - v[0], v[2], v[3]));
-                  });
+    const auto dy = rows_of<const T>(call.dy, sample, tile, call.streaming),
+               x = rows_of<const T>(call.x, sample, tile, call.streaming);
+    auto of_both = [=](const auto& v, int64_t r, int64_t j, auto count) {
+        return fma(load<E>(dy.at(r, j), count), v[1], fma(load<E>(x.at(r, j), count) - v[0], v[2], v[3]));
+    };
+    write_columns(rows_of<T>(call.dx, sample, tile), tile, call.streaming, values, of_both, dy, x);
 }
 
 template <class T>
@@ -153,7 +154,21 @@ void backward_columns(const RowNormBackward& call) {
     ChannelSums sums(call);
     over_samples<Sums>(
         rows, 3 * rows.elements() * sizeof(T), {call.dy, call.x}, call.dx,
-        [&](int64_t sample, const Tile& tile, Sums* found) { add_backward_sums<T>(call, sample, tile, found); },
+        [&](int64_t sample, const Tile& tile, auto add, Sums* found) {
+            auto row_of = [&](int64_t c) { return sample * rows.groups + (tile.first + c) / rows.channels; };
+            channel_products<E>(
+                tile.channels, [&](int64_t c) { return call.mean[row_of(c)]; },
+                [&](int64_t c) { return is_tame<E>(call.mean[row_of(c)], call.rstd[row_of(c)]); },
+                [&](auto e, const double* means, Sums* sums) {
+                    auto add_rows = [&](const Tile& some, Sums* total) {
+                        const auto dy = rows_of<const T>(call.dy, sample, some, call.streaming),
+                                   x = rows_of<const T>(call.x, sample, some, call.streaming);
+                        add_products<decltype(e)>(dy, x, some, means, Ungated{}, total);
+                    };
+                    add(add_rows, sums);
+                },
+                [&](int64_t c, const Sums& sums) { found[tile.first + c].add(sums); });
+        },
         [&](int64_t sample, const Sums* found) {
             for (int64_t c = 0; c < rows.parameters(); ++c) sums.of(sample, c) = found[c];
             for (int64_t g = 0; g < rows.groups; ++g) sums.keep(sample * rows.groups + g);

@@ -204,16 +204,20 @@ inline double pivot_of(const T* x, int64_t n) {
     }
 }
 
+// The moments of n elements by the sums of their deviations from a center and of those' squares.
+inline Moments moments_about(double center, double n, Sums sums) {
+    const double shift = sums.first / n;
+    double m2 = sums.second - sums.first * shift;
+    // squares beyond double: as infinity they would make y quietly zero
+    if (std::isinf(m2)) m2 = std::numeric_limits<double>::quiet_NaN();
+    return {n, center, std::isfinite(center) ? shift : 0, m2};
+}
+
 // The moments of n elements in two passes in double: about `first`, one of them, then about the mean that this gives.
 template <class T, class Runs>
 Moments two_pass_moments(double n, double first, const Runs& runs) {
-    Sums sums = sums_about<double, T>(first, runs);
-    const double mean = first + sums.first / n;
-    sums = sums_about<double, T>(mean, runs);
-    double m2 = sums.second - sums.first * sums.first / n;
-    // squares beyond double: as infinity they would make y quietly zero
-    if (std::isinf(m2)) m2 = std::numeric_limits<double>::quiet_NaN();
-    return {n, mean, std::isfinite(mean) ? sums.first / n : 0, m2};
+    const double mean = first + sums_about<double, T>(first, runs).first / n;
+    return moments_about(mean, n, sums_about<double, T>(mean, runs));
 }
 
 // The moments that n elements have by their sums about a pivot; or by two passes, should that lie far from the rest or
@@ -221,8 +225,7 @@ Moments two_pass_moments(double n, double first, const Runs& runs) {
 template <class E, class T, class Runs>
 inline Moments moments_by(Sums sums, double pivot, double n, const T* first, const Runs& runs) {
     if (!is_reliable<E>(sums, n)) return two_pass_moments<T>(n, double(to_float(*first)), runs);
-    const double shift = sums.first / n;
-    return {n, pivot, shift, sums.second - sums.first * shift};
+    return moments_about(pivot, n, sums);
 }
 
 // The moments of the elements of some runs, the sums of which begin in E.
