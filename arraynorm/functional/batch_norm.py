@@ -326,6 +326,10 @@ def _frozen_forward(
     keep: bool,
 ) -> tuple[Array, FrozenBatchNormCache]:
     function = "batch_norm_frozen"
+    made = kernels.batch_norm_apply.direct(x, mean, var, weight, bias, axis, eps, out)
+    if made is not None:
+        y, kept = made
+        return y, FrozenBatchNormCache._make(kept)
     axis, eps = check_channels(function, x, weight, bias, axis, eps)
     check_statistics(function, x, mean, var, axis)
     check_output(function, out, x, (mean, var, weight, bias), keep=keep)

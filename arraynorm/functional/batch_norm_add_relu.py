@@ -149,7 +149,11 @@ def batch_norm_add_relu_backward(dy: Array, cache: BatchNormAddReluCache, *, out
     """
     function = "batch_norm_add_relu_backward"
     _check.cache_of(function, cache, BatchNormAddReluCache)
-    x, weight, bias, has_addend, mean, _, rstd, mask, count, axis, comm = cache
+    x, weight, bias, has_addend, mean, var, rstd, mask, count, axis, comm = cache
+    if comm is None and out is None:
+        made = kernels.batch_norm_add_relu_backward.direct(dy, x, weight, bias, has_addend, mean, var, rstd, mask, axis)
+        if made is not None:
+            return AddReluGradients(*made)
     with agreement(comm) as fields:
         out, out_addend = _check_backward(function, dy, cache, out)
         fields.update(operation=function, channels=mean.shape[0], dtype=_array.dtype_name(x.dtype), ndim=x.ndim)
@@ -187,6 +191,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, BatchNormAddReluCache]:
     function = "batch_norm_add_relu"
+    if comm is None and out is None:
+        made = kernels.batch_norm_add_relu_forward.direct(x, addend, weight, bias, axis, eps)
+        if made is not None:
+            y, kept = made
+            return y, BatchNormAddReluCache._make(kept)
     _check.communicator(function, comm)
     with agreement(comm) as fields:
         axis, eps = check_channels(function, x, weight, bias, axis, eps)
@@ -317,6 +326,11 @@ def _frozen_forward(
     keep: bool,
 ) -> tuple[Array, FrozenBatchNormAddReluCache]:
     function = "batch_norm_add_relu_frozen"
+    if out is None:
+        made = kernels.batch_norm_add_relu_apply.direct(x, addend, mean, var, weight, bias, axis, eps)
+        if made is not None:
+            y, kept = made
+            return y, FrozenBatchNormAddReluCache._make(kept)
     axis, eps = check_channels(function, x, weight, bias, axis, eps)
     check_statistics(function, x, mean, var, axis)
     _check.optional_companion(function, x, "addend", addend, tuple(x.shape))

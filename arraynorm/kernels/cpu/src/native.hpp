@@ -15,8 +15,9 @@ extern PyMethodDef batch_norm_methods[], row_norm_methods[], quantized_batch_nor
 // For arraynorm.distributed: see moments.cpp.
 extern PyMethodDef moments_methods[];
 
-// direct_NAME for some of them: see direct.cpp.
-extern PyMethodDef direct_methods[];
+// direct_NAME for some of them: see direct.hpp.
+extern PyMethodDef direct_batch_norm_methods[];
+extern PyMethodDef direct_row_norm_methods[];
 
 // The body of a METH_FASTCALL function with a fixed number of parameters.
 template <size_t number, PyObject* (*body)(Arguments)>

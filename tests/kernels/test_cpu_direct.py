@@ -1,0 +1,255 @@
+"""Public calls that are answered in one step: the bits of those taken step by step, in every field; and when they are.
+
+`Kernel.direct` is replaced here: by nothing, and by itself with a record of what it answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import arraynorm as an
+from arraynorm.kernels.reference import batch_norm, batch_norm_add_relu, layer_norm, rms_norm
+from compiled import needs_native
+
+pytestmark = needs_native
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+SHAPE = (4, 6, 5, 3)
+
+Arrays = dict[str, Any]
+Call = Callable[[Arrays], Any]
+
+
+def batch_backward(a: Arrays, **options: Any) -> Any:
+    return an.batch_norm_backward(a["dy"], an.batch_norm_forward(a["x"], a["weight"], a["bias"], **options)[1])
+
+
+def add_relu_backward(a: Arrays, **options: Any) -> Any:
+    _, cache = an.batch_norm_add_relu_forward(a["x"], a["addend"], a["weight"], a["bias"], **options)
+    return an.batch_norm_add_relu_backward(a["dy"], cache)
+
+
+CALLS: dict[str, tuple[Any, Call]] = {
+    "batch_norm_forward": (
+        batch_norm.batch_norm_forward,
+        lambda a: an.batch_norm_forward(a["x"], a["weight"], a["bias"]),
+    ),
+    "batch_norm_backward": (batch_norm.batch_norm_backward, batch_backward),
+    "batch_norm_frozen_forward": (
+        batch_norm.batch_norm_apply,
+        lambda a: an.batch_norm_frozen_forward(a["x"], a["mean"], a["var"], a["weight"], a["bias"]),
+    ),
+    "batch_norm_frozen_forward, eps = 0": (
+        batch_norm.batch_norm_apply,
+        lambda a: an.batch_norm_frozen_forward(a["x"], a["mean"], a["var"], a["weight"], eps=0.0),
+    ),
+    "batch_norm_add_relu_forward": (
+        batch_norm_add_relu.batch_norm_add_relu_forward,
+        lambda a: an.batch_norm_add_relu_forward(a["x"], a["addend"], a["weight"], a["bias"]),
+    ),
+    "batch_norm_add_relu_forward, no addend": (
+        batch_norm_add_relu.batch_norm_add_relu_forward,
+        lambda a: an.batch_norm_add_relu_forward(a["x"]),
+    ),
+    "batch_norm_add_relu_backward": (batch_norm_add_relu.batch_norm_add_relu_backward, add_relu_backward),
+    "batch_norm_add_relu_frozen_forward": (
+        batch_norm_add_relu.batch_norm_add_relu_apply,
+        lambda a: an.batch_norm_add_relu_frozen_forward(a["x"], a["addend"], a["mean"], a["var"], a["weight"]),
+    ),
+    "layer_norm_forward": (layer_norm.layer_norm_forward, lambda a: an.layer_norm_forward(a["x"], 3)),
+    "layer_norm_backward": (
+        layer_norm.layer_norm_backward,
+        lambda a: an.layer_norm_backward(a["dy"], an.layer_norm_forward(a["x"], (5, 3))[1]),
+    ),
+    "rms_norm_forward": (rms_norm.rms_norm_forward, lambda a: an.rms_norm_forward(a["x"], 3)),
+    "rms_norm_backward": (
+        rms_norm.rms_norm_backward,
+        lambda a: an.rms_norm_backward(a["dy"], an.rms_norm_forward(a["x"], (5, 3))[1]),
+    ),
+}
+BATCH = [name for name in CALLS if name.startswith("batch")]
+
+
+@contextmanager
+def answered(kernel: Any) -> Iterator[list[bool]]:
+    """Whether each call of the kernel's direct function was answered."""
+    direct, record = kernel.direct, []
+
+    def recorded(*arguments: object) -> Any:
+        made = direct(*arguments)
+        record.append(made is not None)
+        return made
+
+    kernel.direct = recorded
+    try:
+        yield record
+    finally:
+        kernel.direct = direct
+
+
+@contextmanager
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        for kernel, _ in CALLS.values():
+            patch.setattr(kernel, "direct", lambda *_: None)
+        yield
+
+
+def arrays(dtype: Any, parameter_dtype: Any = np.float32, **replaced: Any) -> Arrays:
+    rng = np.random.default_rng(7)
+    x, dy, addend = (rng.standard_normal(SHAPE).astype(dtype) for _ in range(3))
+    weight, bias, mean = (rng.standard_normal(SHAPE[1]).astype(parameter_dtype) for _ in range(3))
+    var = rng.uniform(0, 2, SHAPE[1]).astype(parameter_dtype)
+    var[2] = 0
+    return {"x": x, "dy": dy, "addend": addend, "weight": weight, "bias": bias, "mean": mean, "var": var} | replaced
+
+
+def parts(result: Any) -> Iterator[Any]:
+    if isinstance(result, tuple):
+        yield type(result)
+        for part in result:
+            yield from parts(part)
+    else:
+        yield result
+
+
+def without_nan(array: Any) -> tuple[Any, Any]:
+    """Where an array is NaN, and the rest of it: of a NaN the bits mean nothing."""
+    is_nan = array != array
+    return is_nan, np.where(is_nan, np.zeros_like(array), array)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    for a, b in zip(parts(one), parts(other), strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, np.ndarray):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert [plain.tobytes() for plain in without_nan(a)] == [plain.tobytes() for plain in without_nan(b)]
+        else:
+            assert a is b or a == b
+
+
+@pytest.mark.parametrize("parameter_dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_one_step_gives_the_bits_of_several(
+    name: str, dtype: Any, parameter_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, call = CALLS[name]
+    a = arrays(dtype, parameter_dtype)
+    with answered(kernel) as record:
+        result = call(a)
+    assert record == [True]
+    with step_by_step(monkeypatch):
+        assert_same(result, call(a))
+
+
+@pytest.mark.parametrize("axis", [0, 2, -1])
+def test_any_channel_axis(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    x, addend = (rng.standard_normal(SHAPE, np.float32) for _ in range(2))
+    mean, var = rng.standard_normal(SHAPE[axis]), rng.uniform(1, 2, SHAPE[axis])
+    with answered(batch_norm.batch_norm_apply) as record:
+        frozen = an.batch_norm_frozen_forward(x, mean, var, axis=axis)
+    with answered(batch_norm_add_relu.batch_norm_add_relu_forward) as other:
+        added = an.batch_norm_add_relu_forward(x, addend, axis=axis)
+    assert record + other == [True, True]
+    with step_by_step(monkeypatch):
+        assert_same(frozen, an.batch_norm_frozen_forward(x, mean, var, axis=axis))
+        assert_same(added, an.batch_norm_add_relu_forward(x, addend, axis=axis))
+
+
+def test_one_value_per_channel_is_enough_for_given_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mean, var = np.ones((1, 3), np.float32), np.zeros(3), np.ones(3)
+    with answered(batch_norm.batch_norm_apply) as record:
+        result = an.batch_norm_frozen_forward(x, mean, var)
+    assert record == [True]
+    with step_by_step(monkeypatch):
+        assert_same(result, an.batch_norm_frozen_forward(x, mean, var))
+
+
+@pytest.mark.parametrize("name", ["batch_norm_frozen_forward", "batch_norm_add_relu_frozen_forward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_negative_variance(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS[name][1]
+    a = arrays(dtype, var=np.array([1, -1, 2, 0, 1, 1.0]))
+    result = call(a)
+    assert np.isnan(np.asarray(result[0][:, 1], np.float64)).all() or "relu" in name
+    with step_by_step(monkeypatch):
+        assert_same(result, call(a))
+
+
+WRONG: dict[str, Arrays] = {
+    "another shape of the statistics": {"mean": np.zeros(5), "var": np.ones(5), "weight": np.ones(5), "dy": np.ones(3)},
+    "integers": {"mean": np.zeros(6, int), "x": np.zeros(SHAPE, int)},
+    "masked": {"x": np.ma.zeros(SHAPE), "var": np.ma.ones(6)},
+    "a list": {"x": [[1.0, 2.0]], "addend": [1.0]},
+    "another shape of the addend": {"addend": np.ones((4, 6, 5, 2)), "dy": np.ones((4, 6, 5, 2)), "bias": np.ones(1)},
+    "nothing": {"mean": None, "var": None, "addend": 0.0, "dy": None, "weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", BATCH)
+def test_what_is_wrong_is_refused_in_the_same_words(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS[name][1]
+    for key, value in WRONG[wrong].items():
+        a = arrays(np.float32, **{key: value})
+        with step_by_step(monkeypatch):
+            expected = _outcome(call, a)
+        found = _outcome(call, a)
+        assert type(found) is type(expected)
+        if isinstance(expected, Exception):
+            assert str(found) == str(expected)
+        else:
+            assert_same(found, expected)  # an argument that this call does not have
+
+
+def _outcome(call: Call, a: Arrays) -> Any:
+    try:
+        return call(a)
+    except (TypeError, ValueError) as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.ones(SHAPE, np.float32)[:, ::2],
+        np.ones(SHAPE, np.float32).transpose(0, 3, 1, 2),
+        np.ones((0, 6), np.float32),
+    ],
+    ids=["strided", "permuted", "empty"],
+)
+def test_what_is_not_plain_is_taken_step_by_step(x: Any) -> None:
+    c = x.shape[1]
+    with answered(batch_norm.batch_norm_apply) as record:
+        an.batch_norm_frozen(x, np.zeros(c), np.ones(c))
+    with answered(batch_norm_add_relu.batch_norm_add_relu_forward) as other:
+        if x.size:
+            an.batch_norm_add_relu(x, x)
+    assert not any(record + other)
+
+
+def test_out_is_written_to_or_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = arrays(np.float32)
+    out = np.empty_like(a["x"])
+    y = an.batch_norm_frozen(a["x"], a["mean"], a["var"], out=out)
+    assert y is out
+    in_place = a["x"].copy()
+    assert an.batch_norm_frozen(in_place, a["mean"], a["var"], out=in_place) is in_place
+    assert in_place.tobytes() == out.tobytes()
+    block = np.arange(256, dtype=np.float32)
+    before = block.copy()
+    x, mean = block[:180].reshape(5, 6, 6), block[20:26]
+    with pytest.raises(ValueError, match="out"):
+        an.batch_norm_frozen_forward(x, mean, np.ones(6), out=x)
+    with pytest.raises(ValueError, match="out"):
+        an.batch_norm_frozen(block[60:240].reshape(5, 6, 6), block[70:76], np.ones(6), out=block[:180].reshape(5, 6, 6))
+    assert block.tobytes() == before.tobytes()
