@@ -90,13 +90,17 @@ tsan: .venv/tsan/installed
 	    setarch $$(uname -m) -R ../.venv/tsan/bin/pytest -n $(JOBS) kernels/test_cpu_threads.py kernels/test_cpu_bits.py \
 	    kernels/test_cpu_memory.py -k '(threads or every_run or another_thread) and not (fork or baseline or float64)'
 
+# What is inlined by force, and checked at every load, GCC does not optimize within half an hour: so not at all, with
+# calls for the checks. Two minutes for each of the large files; the file and line of a report, no more.
 .venv/asan/installed: SANITIZERS = address,undefined
+.venv/asan/installed: SANITIZED_FLAGS = -O0 -g1 --param asan-instrumentation-with-call-threshold=0
 .venv/tsan/installed: SANITIZERS = thread
+.venv/tsan/installed: SANITIZED_FLAGS = -O1 -g1 -fno-var-tracking
 .venv/asan/installed .venv/tsan/installed: $(SOURCES)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	rm -rf $(@D)/wheel
 	$(@D)/bin/python $(PIP) wheel --no-deps --wheel-dir $(@D)/wheel -C cmake.define.ARRAYNORM_SANITIZE=$(SANITIZERS) \
-	    -C cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O1 -C install.strip=false -C build-dir=$(@D)/build .
+	    "-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE=$(SANITIZED_FLAGS)" -C install.strip=false -C build-dir=$(@D)/build .
 	$(@D)/bin/python $(PIP) install --force-reinstall --no-deps $(@D)/wheel/*.whl
 	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
 	touch $@
