@@ -90,8 +90,8 @@ tsan: .venv/tsan/installed
 	    setarch $$(uname -m) -R ../.venv/tsan/bin/pytest -n $(JOBS) kernels/test_cpu_threads.py kernels/test_cpu_bits.py \
 	    kernels/test_cpu_memory.py -k '(threads or every_run or another_thread) and not (fork or baseline or float64)'
 
-# What is inlined by force, and checked at every load, GCC does not optimize within half an hour: so not at all, with
-# calls for the checks. Two minutes for each of the large files; the file and line of a report, no more.
+# Not optimized, and with calls for the checks: GCC does not come to an end with loops that are inlined by force and
+# checked at every load, not within five minutes for one file.
 .venv/asan/installed: SANITIZERS = address,undefined
 .venv/asan/installed: SANITIZED_FLAGS = -O0 -g1 --param asan-instrumentation-with-call-threshold=0
 .venv/tsan/installed: SANITIZERS = thread
