@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 import arraynorm as an
-from arraynorm.kernels.reference import batch_norm, batch_norm_add_relu, layer_norm, rms_norm
+from arraynorm.kernels.reference import (
+    batch_norm,
+    batch_norm_add_relu,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 from compiled import needs_native
 
 pytestmark = needs_native
@@ -62,6 +69,22 @@ CALLS: dict[str, tuple[Any, Call]] = {
         batch_norm_add_relu.batch_norm_add_relu_apply,
         lambda a: an.batch_norm_add_relu_frozen_forward(a["x"], a["addend"], a["mean"], a["var"], a["weight"]),
     ),
+    "group_norm_forward": (
+        group_norm.group_norm_forward,
+        lambda a: an.group_norm_forward(a["x"], 3, a["weight"], a["bias"]),
+    ),
+    "group_norm_backward": (
+        group_norm.group_norm_backward,
+        lambda a: an.group_norm_backward(a["dy"], an.group_norm_forward(a["x"], 2, a["weight"], a["bias"])[1]),
+    ),
+    "instance_norm_forward": (
+        instance_norm.instance_norm_forward,
+        lambda a: an.instance_norm_forward(a["x"], a["weight"], a["bias"]),
+    ),
+    "instance_norm_backward": (
+        instance_norm.instance_norm_backward,
+        lambda a: an.instance_norm_backward(a["dy"], an.instance_norm_forward(a["x"], a["weight"], a["bias"])[1]),
+    ),
     "layer_norm_forward": (layer_norm.layer_norm_forward, lambda a: an.layer_norm_forward(a["x"], 3)),
     "layer_norm_backward": (
         layer_norm.layer_norm_backward,
@@ -73,7 +96,7 @@ CALLS: dict[str, tuple[Any, Call]] = {
         lambda a: an.rms_norm_backward(a["dy"], an.rms_norm_forward(a["x"], (5, 3))[1]),
     ),
 }
-BATCH = [name for name in CALLS if name.startswith("batch")]
+OF_CHANNELS = [name for name in CALLS if not name.startswith(("layer", "rms"))]
 
 
 @contextmanager
@@ -165,6 +188,27 @@ def test_any_channel_axis(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(added, an.batch_norm_add_relu_forward(x, addend, axis=axis))
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4, 5), (2, 4, 3), (9, 4, 3), (2, 4, 5, 7), (70, 4, 8, 8)])
+def test_groups_of_every_walk(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    weight, bias = rng.standard_normal(4), rng.standard_normal(4)
+
+    def results() -> Iterator[Any]:
+        y, cache = an.group_norm_forward(x, 2, weight, bias)
+        yield y, cache, an.group_norm_backward(dy, cache)
+        if len(shape) > 2:
+            y, other = an.instance_norm_forward(x, weight, bias, axis=1 - len(shape))
+            yield y, other, an.instance_norm_backward(dy, other)
+
+    with answered(group_norm.group_norm_forward) as record, answered(group_norm.group_norm_backward) as other:
+        found = list(results())
+    assert record + other == [True, True]
+    with step_by_step(monkeypatch):
+        for one, several in zip(found, results(), strict=True):
+            assert_same(one, several)
+
+
 def test_one_value_per_channel_is_enough_for_given_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mean, var = np.ones((1, 3), np.float32), np.zeros(3), np.ones(3)
     with answered(batch_norm.batch_norm_apply) as record:
@@ -196,7 +240,7 @@ WRONG: dict[str, Arrays] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", BATCH)
+@pytest.mark.parametrize("name", OF_CHANNELS)
 def test_what_is_wrong_is_refused_in_the_same_words(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS[name][1]
     for key, value in WRONG[wrong].items():

@@ -79,4 +79,10 @@ std::optional<WalkedRows> WalkedRows::of_samples(PyArrayObject* x, int64_t group
     return {};
 }
 
+WalkedRows WalkedRows::of_samples_in_c_order(int64_t n, int64_t c, int64_t b, int64_t groups) {
+    const int64_t channels = c / groups;
+    if (are_short_runs(n, b)) return {{Layout::elements, n, groups, channels * b, 1, 1}, b, n, 1, c, b};
+    return {{b >= tiny_run ? Layout::planes : Layout::columns, n, groups, channels, b, 1}, 1, n, 1, c, b};
+}
+
 }  // namespace arraynorm

@@ -19,6 +19,15 @@ struct WalkedRows {
 
     // The walk for x (N, A, C, B) in so many groups of channels, or nothing.
     static std::optional<WalkedRows> of_samples(PyArrayObject* x, int64_t groups);
+
+    // That of x (N, 1, C, B) in C order; its arrays are in_c_order(data).
+    static WalkedRows of_samples_in_c_order(int64_t n, int64_t c, int64_t b, int64_t groups);
+    Tensor in_c_order(void* data) const {
+        return {data, c * b,
+                rows.layout == Rows::Layout::elements ? 1
+                : rows.layout == Rows::Layout::planes ? b
+                                                      : c * b};
+    }
 };
 
 }  // namespace arraynorm
