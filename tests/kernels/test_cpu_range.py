@@ -82,3 +82,61 @@ def test_a_row_beyond_the_range_changes_no_bit_of_the_others():
     dy[3] *= np.float32(1e25)
     other = an.layer_norm_backward(dy, cache).dx
     assert np.delete(other, 3, axis=0).tobytes() == np.delete(dx, 3, axis=0).tobytes()
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (16, 4), (63, 9), (100, 4), (16, 4, 3), (2, 4, 64), (64, 4, 9)])
+@pytest.mark.parametrize(("value", "dtype"), [(1e38, "float32"), (1e308, "float64"), (1.23e200, "float64")])
+def test_equal_elements_have_no_deviation_however_large_their_sum(shape: tuple[int, ...], value: float, dtype: str):
+    x = np.full(shape, value, dtype)
+    assert not an.batch_norm(x).any()
+    assert not an.layer_norm(x, shape[-1]).any()
+    if len(shape) > 2:
+        assert not an.group_norm(x, 2).any()
+
+
+def test_a_channel_whose_first_rows_are_huge_is_summed_all_the_same():
+    x = RNG.standard_normal((16, 4)).astype(np.float32)
+    x[:8, 1] = 1e38
+    with only("reference"):
+        expected = an.batch_norm(x)
+    np.testing.assert_allclose(an.batch_norm(x), expected, rtol=0, atol=C * EPS32)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (5000, 3), (40, 5000), (3000, 200)])
+def test_a_second_look_at_some_channels_changes_no_bit_of_others_nor_depends_on_them(shape: tuple[int, int]):
+    x, dy = (RNG.standard_normal(shape).astype(np.float32) for _ in range(2))
+    odd, all_odd = x.copy(), np.full_like(x, 1e25)
+    odd[:, 1] = all_odd[:, 1] = (1e25 * x[:, 1]).astype(np.float32)  # out of float32's range when squared
+    odd[:, 0] = all_odd[:, 0] = 0
+    y, cache = an.batch_norm_forward(x)
+    other, other_cache = an.batch_norm_forward(odd)
+    third, third_cache = an.batch_norm_forward(all_odd)
+    assert y[:, 2:].tobytes() == other[:, 2:].tobytes()
+    assert other[:, :2].tobytes() == third[:, :2].tobytes()
+    dx = an.batch_norm_backward(dy, cache).dx
+    other_dx, third_dx = an.batch_norm_backward(dy, other_cache).dx, an.batch_norm_backward(dy, third_cache).dx
+    assert dx[:, 2:].tobytes() == other_dx[:, 2:].tobytes()
+    assert other_dx[:, :2].tobytes() == third_dx[:, :2].tobytes()
+
+
+def test_bits_of_the_mask_where_rows_overlap():
+    """Rows so near that those of a tile of some channels would look adjacent."""
+    n, c, distance = 256, 5000, 8
+    x, dy = (
+        np.lib.stride_tricks.as_strided(
+            RNG.standard_normal(n * distance + c).astype(np.float32), (n, c), (4 * distance, 4)
+        )
+        for _ in range(2)
+    )
+
+    def dx(x: Host, dy: Host) -> Host:
+        return an.batch_norm_add_relu_backward(dy, an.batch_norm_add_relu_forward(x)[1]).dx
+
+    np.testing.assert_allclose(dx(x, dy), dx(x.copy(), dy.copy()), rtol=0, atol=1e-4)
+
+
+def test_infinity_first_in_a_row_that_does_not_fill_a_register():
+    x = np.zeros((1, 1, 5), np.float32)
+    x[0, 0, 0] = np.inf
+    _, cache = an.batch_norm_frozen_forward(x, np.zeros(1), np.ones(1), np.ones(1))
+    assert an.batch_norm_frozen_backward(np.ones_like(x), cache).dweight == np.inf

@@ -41,35 +41,39 @@ struct Tiles {
 
 // Reduces all channels, keeps their sums, and then writes.
 //
-// reduce(tile, add) is to keep what it makes of sums over the tile, for which it calls add(add_rows, sums); that calls
-// add_rows(rows, sums) for all of its rows, which adds to the sums of their channels. write(tile, body) as with_values.
-// What is `read` and what is `written` are arrays in the shape of x; how sums are cut must not depend on where results
-// go.
+// reduce(tile, add) is to keep what it makes of sums over the tile, for which it calls add(span, add_rows, sums); that
+// calls add_rows(rows, sums) for all rows of the span, which adds to the sums of its channels. write(tile, body) as
+// with_values. What is `read` and what is `written` are arrays in the shape of x; how sums are cut must not depend on
+// where results go.
 template <class Reduce, class Write>
 inline void over_tiles(const Tiles& t, int64_t bytes, std::initializer_list<Tensor> read,
                        std::initializer_list<Tensor> written, bool reduces, bool writes, Reduce reduce, Write write) {
-    const int64_t of_read = common(&Tensor::sample, read);
+    // Only whole rows are taken as one: of a tile that spans less, bits of the mask are counted by all channels.
+    const int64_t whole = t.channels * t.s, of_read = common(&Tensor::sample, read) == whole ? whole : 0;
     const int64_t of_all = common(&Tensor::sample, written) == of_read ? of_read : 0;
     const Tile all{0, t.rows, 0, t.channels, t.s};
     if (t.channels_per_tile && reduces) {
         parallel_for(t.tiles(), bytes, [&](int64_t i) {
             const Tile tile = t.tile(i);
-            reduce(tile, [&](auto add_rows, Sums* sums) {
-                tile.widened(of_read, [&](const Tile& rows) { add_rows(rows, sums); });
+            reduce(tile, [&](Span span, auto add_rows, Sums* sums) {
+                span.of(tile).widened(span.distance(of_read), [&](const Tile& rows) { add_rows(rows, sums); });
             });
             if (writes) write(tile.widest(of_all), [&](auto write_rows) { tile.widened(of_all, write_rows); });
         });
         return;
     }
     if (reduces)
-        reduce(all, [&](auto add_rows, Sums* sums) {
-            std::vector<Sums> of_blocks(t.row_blocks * t.channels);
+        reduce(all, [&](Span span, auto add_rows, Sums* sums) {
+            const int64_t number = span.end - span.begin;
+            std::vector<Sums> of_blocks(t.row_blocks * number);
             parallel_for(t.row_blocks, bytes, [&](int64_t block) {
                 const int64_t row = t.first_row(block);
-                Tile{row, t.first_row(block + 1) - row, 0, t.channels, t.s}.widened(
-                    of_read, [&](const Tile& rows) { add_rows(rows, of_blocks.data() + block * t.channels); });
+                span.of(Tile{row, t.first_row(block + 1) - row, 0, t.channels, t.s})
+                    .widened(span.distance(of_read),
+                             [&](const Tile& rows) { add_rows(rows, of_blocks.data() + block * number); });
             });
-            for (int64_t i = 0; i < t.row_blocks * t.channels; ++i) sums[i % t.channels].add(of_blocks[i]);
+            for (int64_t block = 0; block < t.row_blocks; ++block)
+                for (int64_t c = 0; c < number; ++c) sums[c].add(of_blocks[block * number + c]);
         });
     if (writes)
         write(all.widest(of_all), [&](auto write_rows) {
@@ -123,12 +127,12 @@ void keep_moments(const BatchNormForward& call, const Tile& tile, auto add) {
     summed<T>(call.volume.plane_size(), [&](auto e) {
         channel_moments<decltype(e)>(
             rows_of<const T>(call.x, tile), tile,
-            [&](auto e, const double* centers, Sums* sums) {
+            [&](auto type, Span span, const double* centers, Sums* sums) {
                 auto add_rows = [&](const Tile& rows, Sums* total) {
                     const auto x = rows_of<const T>(call.x, rows, call.streaming);
-                    add_deviations<decltype(e)>(x, rows, centers, total);
+                    add_deviations<decltype(type)>(x, rows, centers, total);
                 };
-                add(add_rows, sums);
+                add(span, add_rows, sums);
             },
             [&](int64_t c, const Moments& moments) { keep_statistics(call, tile.first + c, moments); });
     });
@@ -158,7 +162,7 @@ void keep_products(const BatchNormBackward& call, const Tile& tile, auto add) {
         channel_products<E>(
             tile.channels, [&](int64_t c) { return call.mean[tile.first + c]; },
             [&](int64_t c) { return is_tame<E>(call.mean[tile.first + c], call.rstd[tile.first + c]); },
-            [&](auto e, const double* means, Sums* sums) {
+            [&](auto type, Span span, const double* means, Sums* sums) {
                 auto add_rows = [&](const Tile& rows, Sums* total) {
                     const auto dy = rows_of<const T>(call.dy, rows, call.streaming),
                                x = rows_of<const T>(call.x, rows, call.streaming);
@@ -166,9 +170,9 @@ void keep_products(const BatchNormBackward& call, const Tile& tile, auto add) {
                     const Mask mask(call.mask, first_bit(call.volume, rows));
                     auto gate = [=](auto dy, int64_t row, int64_t j, auto count)
                                     __attribute__((always_inline)) { return mask.gate(row * all + j, dy, count); };
-                    add_products<decltype(e)>(dy, x, rows, means, gate, total);
+                    add_products<decltype(type)>(dy, x, rows, means, gate, total);
                 };
-                add(add_rows, sums);
+                add(span, add_rows, sums);
             },
             [&](int64_t c, const Sums& sums) { keep_sums(call, tile.first + c, sums); });
     });

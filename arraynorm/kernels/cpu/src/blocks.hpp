@@ -66,7 +66,7 @@ template <class E, class Open>
             length,
             [=](int64_t j, auto count) __attribute__((always_inline)) {
                 const Pack<E> g = from.gate(load<E>(from.dy + j, count), j, count);
-                return Terms<E>{g, g, load_filled<E>(from.x + j, count) - pivot};
+                return Terms<E>{g, g, first_of(load<E>(from.x + j, count) - pivot, count)};
             },
             from.dy, from.x);
     });

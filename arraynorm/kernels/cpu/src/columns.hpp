@@ -17,7 +17,7 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 // Some rows of some channels of a matrix, as loops walk them: `repeat` rows of memory may stand side by side in one.
 struct Tile {
-    int64_t row, rows;  // the first is that of memory
+    int64_t row, rows;  // the first of memory's rows, and the number of the loop's
     int64_t first, channels, s, repeat = 1;
 
     int64_t all() const { return channels * repeat; }
@@ -193,26 +193,31 @@ private:
     std::vector<double> first_, second_;
 };
 
-// Where the sums of a tile's channels start from, as pivot_of. Of several rows those that are taken lie all over the
-// tile, for neighbours are often alike.
+// Where the sums of a tile's channels start from: means of some elements each, as T has them (see pivot_of). Of several
+// rows those that are taken lie all over the tile, for neighbours are often alike.
 template <class T>
 inline void find_pivots(RowsOf<const T> x, const Tile& tile, double* pivots) {
-    using E = Computation<T>;
     const int64_t number = number_of_pivots(tile.rows);
     auto row = [&](int64_t k) { return k * tile.rows / number; };
-    for (int64_t c = 0; tile.s > 1 && c < tile.channels; ++c) {
-        T some[lanes];
+    if (tile.s > 1) {
         const bool of_rows = number > number_of_pivots(tile.s);
-        for (int64_t k = 0; of_rows && k < number; ++k) some[k] = *x.at(row(k), c * tile.s);
-        pivots[c] = of_rows ? pivot_of(some, number) : pivot_of(x.at(0, c * tile.s), tile.s);
+        for (int64_t c = 0; c < tile.channels; ++c) {
+            T some[lanes];
+            for (int64_t k = 0; of_rows && k < number; ++k) some[k] = *x.at(row(k), c * tile.s);
+            pivots[c] = of_rows ? pivot_of(some, number) : pivot_of(x.at(0, c * tile.s), tile.s);
+        }
+        return;
     }
-    for (int64_t c = 0; tile.s == 1 && c < tile.channels; c += lanes) {
+    const Pack<double> inverse(1 / double(number));
+    for (int64_t c = 0; c < tile.channels; c += lanes) {
         const int64_t count = std::min<int64_t>(lanes, tile.channels - c);
-        Pack<E> sum(0);
-        for (int64_t k = 0; k < number; ++k) sum = sum + load<E>(x.at(row(k), c), count);
+        Pack<double> some[lanes];
+        for (int64_t k = 0; k < number; ++k) some[k] = load<double>(x.at(row(k), c), count);
+        for (int64_t half = number / 2; half > 0; half /= 2)  // the sum of equal elements is exact
+            for (int64_t k = 0; k < half; ++k) some[k] = some[k] + some[k + half];
         T stored[lanes];
-        store(stored, sum * Pack<E>(E(1) / E(number)));
-        store(pivots + c, converted<double>(load<E>(stored)), count);
+        store(stored, some[0] * inverse);
+        store(pivots + c, load<double>(stored), count);
     }
 }
 
@@ -239,7 +244,8 @@ struct Ungated {
     }
 };
 
-// The same of g and of g * (x - mean), where g = gate(dy, row, j, count).
+// Adds to each channel's total the sums of g and of g * (x - mean), in E, where g = gate(dy, row, j, count); a
+// channel's mean is one of E.
 template <class E, class T, class Gate>
 [[gnu::flatten]] void add_products(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, const double* means,
                                    Gate gate, Sums* total) {
@@ -255,10 +261,36 @@ template <class E, class T, class Gate>
     sums.add_to(total);
 }
 
-// The moments of the channels of a tile; take(c, moments) is told each one's. add(e, centers, sums) adds up the
-// channels' sums about their centers, in e's type: in E about pivots, and should that not do for some channel, in
-// double about one of its elements and then about the mean that this gives. What one channel needs changes no bit of
-// another.
+// Some channels of a tile: [begin, end).
+struct Span {
+    int64_t begin, end;
+    bool again = false;  // a second look at some, which must not depend on how many they are: of single rows
+
+    Tile of(const Tile& tile) const { return {tile.row, tile.rows, tile.first + begin, end - begin, tile.s}; }
+    // What widened() is to know where a first look at the whole tile would take rows that lie so far apart as one.
+    int64_t distance(int64_t of_first_look) const { return again ? 0 : of_first_look; }
+};
+
+// visit(span) for all channels c with chosen[c]; those between near ones come along, for they share cache lines.
+template <class Visit>
+inline void over_spans(const std::vector<char>& chosen, Visit visit) {
+    constexpr int64_t near = 16;
+    const int64_t channels = int64_t(chosen.size());
+    for (int64_t c = 0; c < channels; ++c) {
+        if (!chosen[c]) continue;
+        Span span{c, c + 1, true};
+        for (int64_t k = c + 1; k < std::min(channels, span.end + near); ++k)
+            if (chosen[k]) span.end = k + 1;
+        visit(span);
+        c = span.end;
+    }
+}
+
+// The moments of the channels of a tile; take(c, moments) is told each one's.
+//
+// add(type, span, centers, sums) adds up the span's channels' sums about their centers, in the type of its first
+// argument. The first look at all is in E, about pivots. Channels for which that does not do are looked at twice more,
+// in double: about one of their elements, and then about the mean that this gives.
 template <class E, class T, class Add, class Take>
 inline void channel_moments(RowsOf<const T> x, const Tile& tile, Add add, Take take) {
     const int64_t channels = tile.channels;
@@ -270,46 +302,58 @@ inline void channel_moments(RowsOf<const T> x, const Tile& tile, Add add, Take t
     std::vector<double> centers(channels);
     find_pivots(x, tile, centers.data());
     std::vector<Sums> sums(channels);
-    add(E{}, centers.data(), sums.data());
-    std::vector<int64_t> rest;
-    for (int64_t c = 0; c < channels; ++c)
-        if (is_reliable<E>(sums[c], n))
-            take(c, moments_about(centers[c], n, sums[c]));
-        else
-            rest.push_back(c), centers[c] = to_float(*x.at(0, c * tile.s));
-    if (rest.empty()) return;
-    auto look_again = [&](auto each) {
-        std::fill(sums.begin(), sums.end(), Sums{});
-        add(double{}, centers.data(), sums.data());
-        for (int64_t c : rest) each(c);
+    add(E{}, Span{0, channels}, centers.data(), sums.data());
+    std::vector<char> rest(channels);
+    bool all = true;
+    for (int64_t c = 0; c < channels; ++c) {
+        rest[c] = !is_reliable<E>(sums[c], n);
+        all &= !rest[c];
+        if (!rest[c]) take(c, moments_about(centers[c], n, sums[c]));
+    }
+    if (all) return;
+    auto look_again = [&](Span span) {
+        std::fill(sums.begin() + span.begin, sums.begin() + span.end, Sums{});
+        add(double{}, span, centers.data() + span.begin, sums.data() + span.begin);
     };
-    look_again([&](int64_t c) { centers[c] += sums[c].first / n; });
-    look_again([&](int64_t c) { take(c, moments_about(centers[c], n, sums[c])); });
+    over_spans(rest, [&](Span span) {
+        for (int64_t c = span.begin; c < span.end; ++c) centers[c] = to_float(*x.at(0, c * tile.s));
+        look_again(span);
+        for (int64_t c = span.begin; c < span.end; ++c) centers[c] += sums[c].first / n;
+        look_again(span);
+        for (int64_t c = span.begin; c < span.end; ++c)
+            if (rest[c]) take(c, moments_about(centers[c], n, sums[c]));
+    });
 }
 
-// The sums of g and of g * (x - mean) of channels, as channel_moments: in E where is_tame(c) and they are what they
-// should be, else in double. add(e, means as e's type has them, sums).
+// The sums of g and of g * (x - mean) of channels, told and added up as those of channel_moments: about means as the
+// type has them, in E and, of channels for which that is not tame or the sums are not what they should be, in double.
 template <class E, class MeanOf, class IsTame, class Add, class Take>
 inline void channel_products(int64_t channels, MeanOf mean_of, IsTame is_tame, Add add, Take take) {
-    std::vector<char> done(channels);
-    auto look = [&](auto e) {
-        using F = decltype(e);
-        std::vector<double> means(channels);
-        std::vector<Sums> sums(channels);
-        for (int64_t c = 0; c < channels; ++c) means[c] = double(Mean<F>(mean_of(c)).rounded);
-        add(e, means.data(), sums.data());
+    std::vector<char> rest(channels, true);
+    std::vector<double> means(channels);
+    std::vector<Sums> sums(channels);
+    auto look = [&](auto type, Span span) {
+        using F = decltype(type);
+        for (int64_t c = span.begin; c < span.end; ++c) {
+            means[c] = double(Mean<F>(mean_of(c)).rounded);
+            sums[c] = {};
+        }
+        add(type, span, means.data() + span.begin, sums.data() + span.begin);
         bool all = true;
-        for (int64_t c = 0; c < channels; ++c) {
-            if (done[c]) continue;
+        for (int64_t c = span.begin; c < span.end; ++c) {
+            if (!rest[c]) continue;
             Sums found = sums[c];
             found.second = Mean<F>(mean_of(c)).constant(found.first, found.second);
-            done[c] = std::is_same_v<F, double> || (is_tame(c) && is_representable<F>(found));
-            if (done[c]) take(c, found);
-            all &= bool(done[c]);
+            if (span.again || (is_tame(c) && is_representable<F>(found)))
+                rest[c] = false, take(c, found);
+            else
+                all = false;
         }
         return all;
     };
-    if (!look(E{})) look(double{});
+    if (look(E{}, Span{0, channels})) return;
+    const std::vector<char> chosen = rest;
+    over_spans(chosen, [&](Span span) { look(double{}, span); });
 }
 
 // -- writing --------------------------------------------------------------------------------------------------

@@ -62,11 +62,12 @@ void require_no_nan(const Values& values, int64_t size, PyArrayObject* x) {
     for (int64_t i = 0; i < size; ++i) require(!std::isnan(values[i]));
 }
 
-// A statistic: `size` doubles.
-inline const double* plain_statistic(PyObject* argument, int64_t size, PyArrayObject* x) {
+// A statistic: `size` doubles in so many dimensions.
+inline const double* plain_statistic(PyObject* argument, int64_t size, PyArrayObject* x, int ndim = 1) {
     require(PyArray_CheckExact(argument));
     PyArrayObject* array = reinterpret_cast<PyArrayObject*>(argument);
-    require(PyArray_ISCARRAY_RO(array) && PyArray_TYPE(array) == NPY_DOUBLE && PyArray_SIZE(array) == size);
+    require(PyArray_ISCARRAY_RO(array) && PyArray_TYPE(array) == NPY_DOUBLE && PyArray_NDIM(array) == ndim &&
+            PyArray_SIZE(array) == size);
     const double* values = static_cast<const double*>(PyArray_DATA(array));
     require_no_nan(values, size, x);
     return values;

@@ -213,9 +213,9 @@ PyObject* backward(PyObject* dy_argument, PyObject* x_argument, PyObject* weight
     call.dy = samples.tensor(dy);
     call.x = samples.tensor(x);
     call.weight = weights.values();
-    call.mean = plain_statistic(mean, count, x);
-    if (var) plain_statistic(var, count, x);
-    call.rstd = plain_statistic(rstd, count, x);
+    call.mean = plain_statistic(mean, count, x, 2);
+    if (var) plain_statistic(var, count, x, 2);
+    call.rstd = plain_statistic(rstd, count, x, 2);
     Ref dx = output(out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
                     {dy_argument, x_argument, weight_argument, bias_argument, mean, given_or_none(var), rstd});
     call.dx = samples.tensor(dx.array());

@@ -15,7 +15,7 @@ struct Matrix {
         : lines(rows.lines),
           channels(rows.parameters()),
           s(rows.size),
-          blocks(std::clamp<int64_t>(lines * width() / (128 * 1024), 1, std::min<int64_t>(lines, 32))),
+          blocks(std::clamp<int64_t>(lines * width() / (128 * 1024), 1, std::clamp<int64_t>(lines, 1, 32))),
           some(std::max<int64_t>(1, 1024 / std::max<int64_t>(1, s))) {}
 
     int64_t width() const { return channels * s; }
@@ -42,8 +42,8 @@ inline void over_samples(const Rows& rows, int64_t bytes, std::initializer_list<
     const int64_t threads = num_threads(), sums_per_sample = m.blocks * m.channels;
     auto reduce_block = [&](int64_t sample, int64_t block, Sum* sums) {
         m.tiles(block, [&](const Tile& tile) {
-            auto add = [&](auto add_rows, Sums* total) {
-                tile.widened(of_read, [&](const Tile& some) { add_rows(some, total); });
+            auto add = [&](Span span, auto add_rows, Sums* total) {
+                span.of(tile).widened(span.distance(of_read), [&](const Tile& some) { add_rows(some, total); });
             };
             reduce(sample, tile, add, sums + block * m.channels);
         });
@@ -104,12 +104,12 @@ void forward_columns(const RowNormForward& call) {
             const auto x = rows_of<const T>(call.x, sample, tile);
             channel_moments<E>(
                 x, tile,
-                [&](auto e, const double* centers, Sums* sums) {
+                [&](auto type, Span span, const double* centers, Sums* found) {
                     auto add_rows = [&](const Tile& some, Sums* total) {
                         const auto x = rows_of<const T>(call.x, sample, some, call.streaming);
-                        add_deviations<decltype(e)>(x, some, centers, total);
+                        add_deviations<decltype(type)>(x, some, centers, total);
                     };
-                    add(add_rows, sums);
+                    add(span, add_rows, found);
                 },
                 [&](int64_t c, const Moments& found) { moments[tile.first + c].add(found); });
         },
@@ -159,13 +159,13 @@ void backward_columns(const RowNormBackward& call) {
             channel_products<E>(
                 tile.channels, [&](int64_t c) { return call.mean[row_of(c)]; },
                 [&](int64_t c) { return is_tame<E>(call.mean[row_of(c)], call.rstd[row_of(c)]); },
-                [&](auto e, const double* means, Sums* sums) {
+                [&](auto type, Span span, const double* means, Sums* of_span) {
                     auto add_rows = [&](const Tile& some, Sums* total) {
                         const auto dy = rows_of<const T>(call.dy, sample, some, call.streaming),
                                    x = rows_of<const T>(call.x, sample, some, call.streaming);
-                        add_products<decltype(e)>(dy, x, some, means, Ungated{}, total);
+                        add_products<decltype(type)>(dy, x, some, means, Ungated{}, total);
                     };
-                    add(add_rows, sums);
+                    add(span, add_rows, of_span);
                 },
                 [&](int64_t c, const Sums& sums) { found[tile.first + c].add(sums); });
         },

@@ -34,15 +34,6 @@ template <class E>
     return a;
 }
 
-// The elements past the end are copies of the first, as good or bad as the rest.
-template <class E, class T, class Count>
-[[gnu::always_inline]] inline Pack<E> load_filled(const T* p, Count count) {
-    if constexpr (std::is_same_v<Count, Full>)
-        return load<E>(p);
-    else
-        return load<E>(p, count, *p);
-}
-
 // A mean as loops subtract it, and what that leaves out. A rounded mean alone would make all deviations wrong by its
 // rounding error: `rest` is made up for where sums end and in the constant that a map adds, both in double.
 template <class E>
@@ -172,7 +163,8 @@ template <class E, class T, class Runs>
 // what has become of small ones.
 template <class E>
 inline bool is_reliable(Sums sums, double n) {
-    const bool in_range = std::is_same_v<E, double> || (sums.second > 1e-25 && sums.second < 1e30);
+    const bool in_range = std::is_same_v<E, double> ? std::isfinite(sums.second) && std::isfinite(sums.first)
+                                                    : sums.second > 1e-25 && sums.second < 1e30;
     return in_range && sums.first * sums.first <= 0.75 * n * sums.second;
 }
 
