@@ -1,12 +1,19 @@
 // The calls of the kernels: plain structs, filled in by the binding, run by the code of one ISA level.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
 #include "types.hpp"
 
 namespace arraynorm {
+
+// 1 / sqrt(var + eps), and 0 where that is 1/0: a set without deviation normalizes to zero.
+inline double reciprocal_std(double var, double eps) {
+    const double v = var + eps;
+    return v == 0 ? 0 : 1 / std::sqrt(v);
+}
 
 // A batch norm's volume (N, C, S), in one of the two shapes in which memory is walked.
 struct Volume {

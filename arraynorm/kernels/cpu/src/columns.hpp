@@ -22,7 +22,6 @@ struct Tile {
 
     int64_t all() const { return channels * repeat; }
     int64_t width() const { return all() * s; }
-    int64_t channel(int64_t c) const { return first + c % channels; }
 
     // Rows to be taken as one where they lie `distance` apart: a few columns alone would not fill a pack, or a loop;
     // and many would not stay in the first-level cache with what goes with them.

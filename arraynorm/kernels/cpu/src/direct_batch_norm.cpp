@@ -67,8 +67,7 @@ ForwardResult forward(const ForwardArguments& a) {
         const Numbers means(parameter(a.mean), x), variances(parameter(a.var), x);
         for (npy_intp c = 0; c < channels.number; ++c) {
             call.mean[c] = means.values()[c];
-            const double var = variances.values()[c] + call.eps;
-            call.rstd[c] = var == 0 ? 0 : 1 / std::sqrt(var);
+            call.rstd[c] = reciprocal_std(variances.values()[c], call.eps);
         }
         require_no_nan(call.rstd, channels.number, x);
     } else {

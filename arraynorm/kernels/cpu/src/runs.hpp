@@ -234,12 +234,6 @@ inline Moments moments_of(const Runs& runs) {
     return moments_by<E>(sums_about<E, T>(E(pivot), runs), pivot, double(n), first, runs);
 }
 
-// 1 / sqrt(var + eps), and 0 where that is 1/0: a set without deviation normalizes to zero.
-inline double reciprocal_std(double var, double eps) {
-    const double v = var + eps;
-    return v == 0 ? 0 : 1 / std::sqrt(v);
-}
-
 // -- what fits float ------------------------------------------------------------------------------------------
 
 // Whether a factor neither overflows nor underflows in a product of floats. NaN does neither: whoever shares a decision
