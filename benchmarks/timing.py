@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 Call = Callable[[], Any]
 
 SAMPLE = 200e-6  # seconds: a shorter call is repeated within its sample, far above the clock's 50 ns
-SETTLE = 2e-3  # seconds of untimed calls before a sample: threads of OpenMP spin for about 1 ms before they sleep
-LONG = 20e-3  # seconds: a call of that length is not disturbed by what was before, and has no untimed calls
+# Seconds of untimed calls before a sample. A thread of libgomp, which torch and numba use, spins through 300000 pauses
+# before it sleeps: 1 ms on an EPYC, 4 to 7 ms on a Xeon, whose pauses are longer. Until then it holds the core that a
+# call on two threads would have: with 2 ms, calls that came after another library's took up to 1.8 times as long there.
+SETTLE = 10e-3
+LONG = 200e-3  # seconds: a call of that length is not disturbed by what was before, and has no untimed calls
 LEAST_TURNS = 5
 MOST_TURNS = 101
 
@@ -63,7 +66,7 @@ def interleave(
 
     The subject takes part in every turn. Each call is warmed up before the first turn and, unless it is long, before
     each sample: so it is timed with the cache and the memory as its own last call left them, and after threads that
-    another competitor's library keeps spinning have gone to sleep.
+    another competitor's library keeps spinning have gone to sleep. One call alone follows nothing but itself.
     """
     share = budget / len(calls)
     estimates = {name: _estimate(call, share) for name, call in calls.items()}
@@ -79,7 +82,7 @@ def interleave(
         for turn in range(total):
             due = [name for name in calls if _takes_part(turn, min(turns[name], total), total)]
             for name in order.sample(due, len(due)):
-                if estimates[name] < LONG:
+                if len(calls) > 1 and estimates[name] < LONG:
                     _settle(calls[name])
                 seconds[name][turn] = _sample(calls[name], repeats[name])
     finally:
