@@ -4,6 +4,8 @@
 // threads enter; here the second one runs its job alone. TBB would do as well, and is a dependency of 10 MB.
 #include "parallel.hpp"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -41,11 +43,14 @@ public:
 
     void run(int threads, int64_t items, void (*body)(void*, int64_t), void* context) {
         hire(threads - 1);
-        items_ = items;
         body_ = body;
         context_ = context;
         welcome_ = threads - 1;
-        next_.store(0);
+        number_of_shares_ = std::min(threads, most_shares);
+        for (int i = 0; i < number_of_shares_; ++i) {
+            shares_[i].next.store(items * i / number_of_shares_, std::memory_order_relaxed);
+            shares_[i].end = items * (i + 1) / number_of_shares_;
+        }
         phase_.fetch_add(1);  // odd: open
         if (sleepers_.load() > 0) {
             {
@@ -53,7 +58,7 @@ public:
             }
             wake_.notify_all();
         }
-        take_items();
+        take_items(0);
         phase_.fetch_add(1);  // even: closed; who has joined is waited for, who comes now finds it closed
         for (int spins = 0; joined_.load() > 0; ++spins)
             spins < spins_before_yield ? relax() : std::this_thread::yield();
@@ -69,8 +74,15 @@ private:
             }
     }
 
-    void take_items() {
-        for (int64_t item; (item = next_.fetch_add(1)) < items_;) body_(context_, item);
+    // A thread takes the items of its own share, and then those that are left of the others'. So neighbouring items are
+    // mostly one thread's, as they are again in the next job over the same memory: what it reads is in its own cache,
+    // and two threads seldom write to either side of a cache line. One after the other for whoever comes first took up
+    // to 1.25 times as long.
+    void take_items(int own) {
+        for (int i = 0; i < number_of_shares_; ++i) {
+            Share& share = shares_[(own + i) % number_of_shares_];
+            for (int64_t item; (item = share.next.fetch_add(1)) < share.end;) body_(context_, item);
+        }
     }
 
     void work(int number) {
@@ -78,7 +90,7 @@ private:
             const uint64_t phase = next_open_phase(seen);
             joined_.fetch_add(1);
             // Either this sees that the job has been closed, or its caller sees that this has joined.
-            if (phase_.load() == phase && number < welcome_) take_items();
+            if (phase_.load() == phase && number < welcome_) take_items(number + 1);
             joined_.fetch_sub(1);
             seen = phase;
         }
@@ -98,12 +110,18 @@ private:
         return phase;
     }
 
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    static constexpr int most_shares = 64;
+
     int workers_ = 0;
-    int64_t items_ = 0;
+    std::array<Share, most_shares> shares_;
+    int number_of_shares_ = 0;
     void (*body_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;
     int welcome_ = 0;
-    std::atomic<int64_t> next_{0};
     std::atomic<uint64_t> phase_{0};
     std::atomic<int> joined_{0}, sleepers_{0};
     std::mutex sleep_;
