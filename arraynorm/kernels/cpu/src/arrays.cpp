@@ -137,7 +137,10 @@ int64_t last_level_cache() {
 }  // namespace
 
 bool exceeds_cache(int64_t bytes) {
-    static const int64_t cache = last_level_cache();
+    // A larger one serves more processors than these: on two of a Xeon whose cache is said to have 480 MB, all that
+    // writes 50 MB and more beside what it reads is faster streamed, up to 1.6 times.
+    constexpr int64_t most = int64_t(192) << 20;
+    static const int64_t cache = std::min(last_level_cache(), most);
     return bytes > cache / 4;
 }
 
