@@ -31,6 +31,8 @@ VOLUMES = {
     "one channel": (3, 1, 100003),
     "channels for two threads and too few for eight": (5, 9, 28001),
     "many channels": (6, 67, 257),
+    "sums sample by sample, whole pages apart": (65, 512, 64),
+    "sums sample by sample, of large channels": (513, 2, 1027),
     "small planes, by tiles": (129, 43, 49),
     "two-dimensional, by tiles": (301, 515),
     "two-dimensional, by rows": (9001, 117),
@@ -70,7 +72,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 @functools.cache
 def _numbers(seed: int) -> Host:
     """Far enough from zero that a sum in another order differs."""
-    numbers = np.random.default_rng(seed).standard_normal(1_300_000) * 3 + 1
+    numbers = np.random.default_rng(seed).standard_normal(2_200_000) * 3 + 1
     numbers.flags.writeable = False
     return numbers
 

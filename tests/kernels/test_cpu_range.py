@@ -102,6 +102,28 @@ def test_a_channel_whose_first_rows_are_huge_is_summed_all_the_same():
     np.testing.assert_allclose(an.batch_norm(x), expected, rtol=0, atol=C * EPS32)
 
 
+@pytest.mark.parametrize("shape", [(65, 512, 64), (513, 2, 1027)])
+def test_channels_that_are_summed_sample_by_sample_are_looked_at_again(shape: tuple[int, ...]):
+    """Squares out of range, a pivot far from the rest, equal elements, and a NaN: each in a channel of its own."""
+    x, dy = (RNG.standard_normal(shape).astype(np.float32) for _ in range(2))
+    x[:, 0] *= np.float32(1e25)
+    x[0, 1] = 1e30
+    with only("reference"):
+        y, cache = an.batch_norm_forward(x, eps=0.0)
+        wanted = [y, an.batch_norm_backward(dy, cache).dx]
+    y, cache = an.batch_norm_forward(x, eps=0.0)
+    found = [y, an.batch_norm_backward(dy, cache).dx]
+    for array, expected in zip(found, wanted, strict=True):
+        largest = np.max(np.abs(expected), axis=(0, 2), keepdims=True)
+        assert np.max(np.abs(array - expected) / largest) <= C * EPS32
+
+    x[:, 0], x[-1, 1, -1] = 1e37, np.nan
+    other = an.batch_norm(x, eps=0.0)
+    assert not other[:, 0].any()
+    assert np.isnan(other[:, 1]).all()
+    assert other[:, 2:].tobytes() == y[:, 2:].tobytes()
+
+
 @pytest.mark.parametrize("shape", [(300, 40), (5000, 3), (40, 5000), (3000, 200)])
 def test_a_second_look_at_some_channels_changes_no_bit_of_others_nor_depends_on_them(shape: tuple[int, int]):
     x, dy = (RNG.standard_normal(shape).astype(np.float32) for _ in range(2))

@@ -19,8 +19,9 @@ struct Tiles {
         Tiles t{v.n, v.c, v.s};
         const int64_t cache = 128 * 1024 / sizeof(T), row = std::max<int64_t>(1, v.c * v.s), size = t.rows * row;
         const int64_t columns = std::clamp<int64_t>(cache / std::max<int64_t>(1, t.rows), 1, 1024);
-        // Out of the third-level cache, whole rows are read faster than narrow tiles are read again.
-        const bool is_small = size <= 32 * cache && row <= 4096;
+        // Out of the third-level cache, whole rows are read faster than narrow tiles are read again. Where they are
+        // few, the sums of blocks of rows, which are to be added up, are as many as the elements.
+        const bool is_small = size <= 32 * cache && row <= 4096 && t.rows >= 192;
         const bool is_one_tile = std::max<int64_t>(columns, 64) >= row;
         if (is_one_tile ? size <= 2 * cache : columns >= 64 && !is_small)
             // eight channels, so that a tile begins with a byte of the mask

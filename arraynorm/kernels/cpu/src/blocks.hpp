@@ -89,19 +89,21 @@ inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool 
 // Reduces every set, and then writes it. Few sets are shared out in parts, by the same arithmetic.
 //
 // reduce(set, part) gives what is added up; keep(set, sum) is told the whole set's; write(set, part, more) writes, with
-// `more` where this thread goes on to the next set.
+// `more` where this thread goes on to the next set, and that has room in the cache beside this one.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, Reduce reduce, Keep keep, Write write) {
     const int64_t threads = num_threads();
     if (threads == 1 || parts == 1 || sets >= 4 * threads) {
         const int64_t group = std::max<int64_t>(1, sets / (8 * threads));
+        const bool has_room = bytes / std::max<int64_t>(1, sets) <= (int64_t(2) << 20);
         parallel_for((sets + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(sets, (item + 1) * group);
             for (int64_t set = item * group; set < end; ++set) {
                 Sum sum{};
                 for (int64_t part = 0; part < parts; ++part) sum.add(reduce(set, part));
                 keep(set, sum);
-                for (int64_t part = 0; writes && part < parts; ++part) write(set, part, set + 1 < end);
+                // what was read last first: of a large set only that is still in the cache
+                for (int64_t part = parts - 1; writes && part >= 0; --part) write(set, part, has_room && set + 1 < end);
             }
         });
         return;

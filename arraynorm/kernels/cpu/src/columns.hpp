@@ -50,7 +50,10 @@ inline void over_row_blocks(const Tile& tile, int64_t bytes, Visit visit) {
     const int64_t rows = std::max<int64_t>(4, 64 * 1024 / std::max<int64_t>(1, tile.width()));
     const int64_t items = (tile.rows + rows - 1) / rows;
     parallel_for(items, bytes, [&](int64_t item) {
-        const int64_t i = items - 1 - item;  // the last rows may still be in the cache
+        // The last rows may still be in the cache; those of a matrix that the threads' own caches hold are where the
+        // thread is that has read them (see parallel.cpp).
+        const bool as_read = num_threads() > 1 && bytes <= (int64_t(8) << 20);
+        const int64_t i = as_read ? item : items - 1 - item;
         visit(Tile{tile.row + i * rows, std::min(rows, tile.rows - i * rows), tile.first, tile.channels, tile.s});
     });
 }
