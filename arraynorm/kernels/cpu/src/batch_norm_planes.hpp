@@ -43,7 +43,7 @@ inline bool are_summed_by_samples(const Volume& v, int64_t arrays) {
     constexpr int64_t cache = 2 << 20, places = 64 << 10;
     const int64_t run = v.s * sizeof(T), distinct = std::gcd(v.c * run, places);
     const int64_t room = run < places / 16 ? 2 * cache * std::min(run, distinct) / distinct : cache;
-    return run <= places && arrays * v.n * run >= room;
+    return v.size() > 0 && run <= places && arrays * v.n * run >= room;
 }
 
 // The sums of every channel; of_run(n, c) are those of a run.
@@ -163,8 +163,8 @@ template <class T, class Mask>
 [[gnu::always_inline]] inline auto gradients(const BatchNormBackward& call, int64_t n, int64_t c, int64_t i) {
     const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
     return Gradients{call.dy.at<const T>(n, c) + i, call.x.at<const T>(n, c) + i,
-                     [=](auto dy, int64_t j, auto count)
-                         __attribute__((always_inline)) { return mask.gate(j, dy, count); }};
+                     InAnyOrder{[=](auto dy, int64_t j, auto count)
+                                    __attribute__((always_inline)) { return mask.gate(j, dy, count); }}};
 }
 
 template <class T, class Mask>

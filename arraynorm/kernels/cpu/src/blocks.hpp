@@ -46,11 +46,21 @@ struct Blocks {
     }
 };
 
-// What sums of gradients are made of: g = gate(dy, j, count), and x.
+// What sums of gradients are made of: g = gate(dy, j, count), and x. Of a pair the gate, which must be InAnyOrder, is
+// given what is stored.
 template <class T, class Gate>
 struct Gradients {
     const T *dy, *x;
     Gate gate;
+
+    template <class E, class Count>
+    [[gnu::always_inline]] Pack<E> gated(int64_t j, Count count) const {
+        return gate(load<E>(dy + j, count), j, count);
+    }
+    template <class E, int half>
+    [[gnu::always_inline]] Pack<E> gated(int64_t j, Half<half> which) const {
+        return half_of(gate(load_stored(dy + j, Two{}), j, Two{}), which);
+    }
 };
 template <class T, class Gate>
 Gradients(const T*, const T*, Gate) -> Gradients<T, Gate>;
@@ -62,13 +72,14 @@ template <class E, class Open>
     Accumulators accumulators;
     blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
         const auto from = open(E{}, run, i);
-        accumulators.run(
-            length,
-            [=](int64_t j, auto count) __attribute__((always_inline)) {
-                const Pack<E> g = from.gate(load<E>(from.dy + j, count), j, count);
-                return Terms<E>{g, g, first_of(load<E>(from.x + j, count) - pivot, count)};
-            },
-            from.dy, from.x);
+        auto terms = [=](int64_t j, auto count) __attribute__((always_inline)) {
+            const Pack<E> g = from.template gated<E>(j, count);
+            return Terms{g, g, first_of(load<E>(from.x + j, count) - pivot, count)};
+        };
+        if constexpr (is_in_any_order<decltype(from.gate)>)
+            accumulators.run(length, InAnyOrder{terms}, from.dy, from.x);
+        else
+            accumulators.run(length, terms, from.dy, from.x);
     });
     Sums sums = accumulators.total();
     sums.second = mean.constant(sums.first, sums.second);

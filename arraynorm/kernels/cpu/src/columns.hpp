@@ -173,7 +173,7 @@ private:
                 for (int k = 0; k < number.value; ++k) {
                     if constexpr (Fetches::value) fetch_below(row + k, j, stream), (fetch_below(row + k, j, more), ...);
                     for (int p = 0; p < packs.value; ++p) {
-                        const Terms<E> t = terms(row + k, j + p * lanes, count);
+                        const auto t = terms(row + k, j + p * lanes, count);
                         a[p] = k == 0 ? t.first : a[p] + t.first;
                         b[p] = k == 0 ? t.a * t.b : fma(t.a, t.b, b[p]);
                     }
@@ -232,7 +232,7 @@ template <class E, class T>
     sums.add<E>(
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> d = load<E>(x.at(row, j), count) - load<E>(k + j, count);
-            return Terms<E>{d, d, d};
+            return Terms{d, d, d};
         },
         x);
     sums.add_to(total);
@@ -257,7 +257,7 @@ template <class E, class T, class Gate>
     sums.add<E>(
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> g = gate(load<E>(dy.at(row, j), count), row, j, count);
-            return Terms<E>{g, g, load<E>(x.at(row, j), count) - load<E>(k + j, count)};
+            return Terms{g, g, load<E>(x.at(row, j), count) - load<E>(k + j, count)};
         },
         dy, x);
     sums.add_to(total);

@@ -59,7 +59,8 @@ Sums channel_part_sums(const RowNormBackward& call, const Blocks& blocks, int64_
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
     return gradient_sums<E>(
         blocks, part, call.mean[row], is_tame<E>(call.mean[row], call.rstd[row]), [=](auto, int64_t, int64_t i) {
-            return Gradients{dy + i, x + i, [](auto dy, int64_t, auto) __attribute__((always_inline)) { return dy; }};
+            return Gradients{dy + i, x + i,
+                             InAnyOrder{[](auto dy, int64_t, auto) __attribute__((always_inline)) { return dy; }}};
         });
 }
 

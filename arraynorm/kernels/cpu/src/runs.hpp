@@ -33,6 +33,10 @@ template <class E>
 [[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Full) {
     return a;
 }
+template <class E, int half>
+[[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Half<half>) {
+    return a;
+}
 
 // A mean as loops subtract it, and what that leaves out. A rounded mean alone would make all deviations wrong by its
 // rounding error: `rest` is made up for where sums end and in the constant that a map adds, both in double.
@@ -62,6 +66,8 @@ template <class E>
 struct Terms {
     Pack<E> first, a, b;
 };
+template <class E>
+Terms(Pack<E>, Pack<E>, Pack<E>) -> Terms<E>;
 
 // Packs that are added up in E on their way to a sum in double: so few that their rounding errors, which are those of
 // four additions, have random signs and as many as there are groups, are far below the error of one float.
@@ -84,15 +90,24 @@ public:
     // terms(i, count) are those of the elements from i, zero past count; they are read from `streams`.
     template <class TermsOf, class... T>
     [[gnu::always_inline]] void run(int64_t n, TermsOf terms, const T*... streams) {
+        using E = typename decltype(terms(0, Full{}).first)::Element;
+        auto two = [&](int64_t i, auto take) __attribute__((always_inline)) {
+            if constexpr (is_in_any_order<TermsOf> && (is_cheaper_as_pair<T, E> && ...)) {
+                take(terms(i, Half<0>{}), terms(i, Half<1>{}));
+            } else {
+                take(terms(i, Full{}), terms(i + lanes, Full{}));
+            }
+        };
         int64_t i = 0;
         for (; i + group_size * lanes <= n; i += group_size * lanes) {
             (fetch(further_on(streams + i)), ...);
-            Partial even(terms(i, Full{})), odd(terms(i + lanes, Full{}));
-            for (int k = 2; k < group_size; k += 2) {
-                even.add(terms(i + k * lanes, Full{}));
-                odd.add(terms(i + (k + 1) * lanes, Full{}));
-            }
-            add(even.first + odd.first, even.second + odd.second);
+            two(i, [&](const auto& first, const auto& second) __attribute__((always_inline)) {
+                Partial even(first), odd(second);
+                for (int k = 2; k < group_size; k += 2)
+                    two(i + k * lanes, [&](const auto& first, const auto& second)
+                                           __attribute__((always_inline)) { even.add(first), odd.add(second); });
+                add(even.first + odd.first, even.second + odd.second);
+            });
         }
         for (; i + lanes <= n; i += lanes) add(Partial(terms(i, Full{})));
         if (i < n) add(Partial(terms(i, n - i)));
@@ -147,14 +162,12 @@ template <class E, class T, class Runs>
     const Pack<E> k(pivot);
     Accumulators sums;
     runs([&](const T* x, int64_t n) __attribute__((always_inline)) {
-        sums.run(
-            n,
-            [=](int64_t i, auto count) __attribute__((always_inline)) {
-                // of the deviations, for a pivot that T can't hold
-                const Pack<E> d = first_of(load<E>(x + i, count) - k, count);
-                return Terms<E>{d, d, d};
-            },
-            x);
+        sums.run(n, InAnyOrder{[=](int64_t i, auto count) __attribute__((always_inline)) {
+                     // of the deviations, for a pivot that T can't hold
+                     const Pack<E> d = first_of(load<E>(x + i, count) - k, count);
+                     return Terms{d, d, d};
+                 }},
+                 x);
     });
     return sums.total();
 }
@@ -271,18 +284,6 @@ template <class T>
 inline int64_t to_line(const T* p) {
     return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) % 64 / sizeof(T);
 }
-
-// A value that may be asked for a pair, value(i, Two{}, ...): the same is done to all elements, in whatever order they
-// are loaded.
-template <class Value>
-struct InAnyOrder : Value {};
-template <class Value>
-InAnyOrder(Value) -> InAnyOrder<Value>;
-
-template <class Value>
-inline constexpr bool is_in_any_order = false;
-template <class Value>
-inline constexpr bool is_in_any_order<InAnyOrder<Value>> = true;
 
 // y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
 // for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be

@@ -33,6 +33,7 @@ inline constexpr int register_bytes = 16;
 template <class E>
 struct Pack {
     static_assert(std::is_same_v<E, float> || std::is_same_v<E, double>);
+    using Element = E;
     static constexpr int width = register_bytes / sizeof(E);
     static constexpr int parts = lanes / width;
     typedef E Register __attribute__((vector_size(register_bytes)));
@@ -498,11 +499,24 @@ template <class T, class E, class Streams>
 // again at less expense if it need not be in their order: bfloat16's lower and upper halves of 32 bits, to which zeros
 // are added below. So what is done to a pair must be the same for all elements.
 struct Two {};  // a pair, where a number of elements may stand
+template <int half>
+struct Half {};  // one of the packs that a pair is taken apart into
+
+template <class T>
+#if defined(__AVX2__)
+inline constexpr bool has_pairs = sizeof(T) == 2;
+#else
+inline constexpr bool has_pairs = false;
+#endif
 
 template <class E>
 struct Pair {
     Pack<E> half[2];
 };
+
+// Whether two packs of T in E cost more than a pair: float16's conversions are the same for both.
+template <class T, class E>
+inline constexpr bool is_cheaper_as_pair = has_pairs<T> && std::is_same_v<T, bfloat16> && std::is_same_v<E, float>;
 
 template <class E>
 [[gnu::always_inline]] inline Pair<E> operator-(Pair<E> a, Pack<E> b) {
@@ -522,20 +536,30 @@ template <class E>
 }
 #if defined(__AVX2__)
 template <class T>
-inline constexpr bool has_pairs = sizeof(T) == 2;
-
-template <class T>
 [[gnu::always_inline]] inline __m256i load_stored(const T* p, Two) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
+// Of bfloat16.
+[[gnu::always_inline]] inline Pack<float> half_of(__m256i stored, Half<0>) {
+    Pack<float> r;
+    r.part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(stored, 16));
+    return r;
+}
+[[gnu::always_inline]] inline Pack<float> half_of(__m256i stored, Half<1>) {
+    Pack<float> r;
+    r.part[0] = _mm256_castsi256_ps(_mm256_and_si256(stored, _mm256_set1_epi32(int(0xffff0000))));
+    return r;
+}
+template <class E, class T, int half>
+[[gnu::always_inline]] inline Pack<E> load(const T* p, Half<half> which) {
+    return half_of(load_stored(p, Two{}), which);
+}
+
 template <class E, class T>
 [[gnu::always_inline]] inline Pair<E> pair_of(T, __m256i stored) {
-    if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<E, float>) {
-        Pair<float> pair;
-        pair.half[0].part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(stored, 16));
-        pair.half[1].part[0] = _mm256_castsi256_ps(_mm256_and_si256(stored, _mm256_set1_epi32(int(0xffff0000))));
-        return pair;
+    if constexpr (is_cheaper_as_pair<T, E>) {
+        return {half_of(stored, Half<0>{}), half_of(stored, Half<1>{})};
     } else {
         T all[2 * lanes];
         std::memcpy(all, &stored, sizeof all);
@@ -564,10 +588,19 @@ template <class T, class E, class Streams>
     const __m256i chosen = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(bits)), place), place);
     return _mm256_and_si256(stored, chosen);
 }
-#else
-template <class T>
-inline constexpr bool has_pairs = false;
 #endif
+
+// An f(i, count, ...) that may be asked for a pair, f(i, Two{}, ...), or for its halves: the same is done to all
+// elements, in whatever order they are loaded.
+template <class F>
+struct InAnyOrder : F {};
+template <class F>
+InAnyOrder(F) -> InAnyOrder<F>;
+
+template <class F>
+inline constexpr bool is_in_any_order = false;
+template <class F>
+inline constexpr bool is_in_any_order<InAnyOrder<F>> = true;
 
 // Streamed stores come after all that other threads may see.
 [[gnu::always_inline]] inline void finish_streaming() {
