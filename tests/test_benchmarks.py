@@ -244,13 +244,13 @@ def test_turns_that_a_slow_competitor_sat_out_do_not_count(bench: Any) -> None:
 def test_calls_share_the_budget_and_a_slow_one_sits_out_most_turns(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, timing = Clock(), bench("timing")
     monkeypatch.setattr(timing, "time", clock)
-    calls = {"ours": clock.call(0.010), "slow": clock.call(0.100), "tiny": clock.call(3e-6)}
-    found = timing.interleave(calls, "ours", budget=3.0).summary()
-    # A share is 1 s: 50 samples of 10 ms, each after as long an untimed call; 10 of 100 ms, without.
-    assert [found[name]["turns"] for name in calls] == [50, 10, 50]
-    assert clock.now <= 3.0
+    calls = {"ours": clock.call(0.010), "slow": clock.call(0.200), "tiny": clock.call(3e-6)}
+    found = timing.interleave(calls, "ours", budget=6.0).summary()
+    # A share is 2 s: 100 samples of 10 ms, each after as long an untimed call; 10 of 200 ms, without.
+    assert [found[name]["turns"] for name in calls] == [100, 10, 100]
+    assert clock.now <= 6.0
     assert found["tiny"]["repeats"] == 67  # of 3 us, for 200 us
-    for name, seconds in (("ours", 0.010), ("slow", 0.100), ("tiny", 3e-6)):
+    for name, seconds in (("ours", 0.010), ("slow", 0.200), ("tiny", 3e-6)):
         assert found[name]["median"] == pytest.approx(seconds)
 
 

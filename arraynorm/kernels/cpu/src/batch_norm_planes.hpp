@@ -15,34 +15,16 @@ namespace arraynorm::ARRAYNORM_ISA {
 // The bit of the mask of element i of run (n, c).
 inline int64_t mask_bit(const Volume& v, int64_t n, int64_t c, int64_t i) { return (n * v.c + c) * v.s + i; }
 
-// write(n, c, first, length) for pieces of all runs, in the order of memory
-template <class Write>
-inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write write) {
-    const Blocks blocks(1, v.s);
-    const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
-    parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
-        const int64_t begin = item * share, run = begin / blocks.count;
-        int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
-        for (int64_t left = std::min(share, items - begin); left > 0; --left) {
-            blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { write(n, c, first, length); });
-            if (++block < blocks.count) continue;
-            block = 0;
-            if (++c == v.c) c = 0, ++n;
-        }
-        if (streaming) finish_streaming();
-    });
-}
-
 // Whether sums are taken sample by sample, as memory lies: where a channel of so many arrays has no room in the
 // second-level cache, so that its runs come from memory twice, in pieces. A cache has room by address, modulo some 64
 // KiB, and runs at distances that have a large divisor in common with that share few places: those of (512, 32, 256)
 // floats, 32 KiB apart, a thirtieth of the cache. By samples that takes half the time. Where a channel does fit, sums
-// by samples lose a quarter; measured with runs of 400 bytes to 64 KiB.
+// by samples lose a quarter; the shorter the runs the less. Measured with runs of 400 bytes to 64 KiB.
 template <class T>
 inline bool are_summed_by_samples(const Volume& v, int64_t arrays) {
     constexpr int64_t cache = 2 << 20, places = 64 << 10;
     const int64_t run = v.s * sizeof(T), distinct = std::gcd(v.c * run, places);
-    const int64_t room = run < places / 16 ? 2 * cache * std::min(run, distinct) / distinct : cache;
+    const int64_t room = run < 4096 ? cache * std::min(run, distinct) / distinct * (run <= 512 ? 1 : 2) : cache;
     return v.size() > 0 && run <= places && arrays * v.n * run >= room;
 }
 
@@ -152,7 +134,6 @@ void forward_planes(const BatchNormForward& call) {
                     plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr);
                 });
             });
-            if (call.streaming) finish_streaming();
         });
 }
 
@@ -282,7 +263,6 @@ void backward_planes(const BatchNormBackward& call) {
                                 more ? call.x.at<const T>(n, c + 1) + i : nullptr);
                 });
             });
-            if (call.streaming) finish_streaming();
         });
 }
 

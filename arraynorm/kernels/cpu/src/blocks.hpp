@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "calls.hpp"
 #include "parallel.hpp"
 #include "runs.hpp"
 
@@ -45,6 +46,24 @@ struct Blocks {
         for (int64_t block = begin; block < end; ++block) visit(block, f);
     }
 };
+
+// write(n, c, first, length) for pieces of all runs, in the order of memory
+template <class Write>
+inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write write) {
+    const Blocks blocks(1, v.s);
+    const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
+    parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
+        const int64_t begin = item * share, run = begin / blocks.count;
+        int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
+        for (int64_t left = std::min(share, items - begin); left > 0; --left) {
+            blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { write(n, c, first, length); });
+            if (++block < blocks.count) continue;
+            block = 0;
+            if (++c == v.c) c = 0, ++n;
+        }
+        if (streaming) finish_streaming();
+    });
+}
 
 // What sums of gradients are made of: g = gate(dy, j, count), and x. Of a pair the gate, which must be InAnyOrder, is
 // given what is stored.
@@ -116,6 +135,7 @@ inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, R
                 // what was read last first: of a large set only that is still in the cache
                 for (int64_t part = parts - 1; writes && part >= 0; --part) write(set, part, has_room && set + 1 < end);
             }
+            finish_streaming();  // not after every set: it waits for memory
         });
         return;
     }
@@ -126,7 +146,11 @@ inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, R
         for (int64_t part = 0; part < parts; ++part) sum.add(sums[set * parts + part]);
         keep(set, sum);
     }
-    if (writes) parallel_for(sets * parts, bytes, [&](int64_t i) { write(i / parts, i % parts, false); });
+    if (!writes) return;
+    parallel_for(sets * parts, bytes, [&](int64_t i) {
+        write(i / parts, i % parts, false);
+        finish_streaming();
+    });
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

@@ -131,13 +131,7 @@ struct QuantizedKernel {
         const double slope = call.x_scale * call.a[c] / call.y_scale;
         const Line line{float(slope), float(call.b[c] / call.y_scale - call.x_zero_point * slope), true};
         const float error = 0x1p-22f * (256 * std::abs(line.slope) + std::abs(line.intercept));
-        bool is_doubtful = false;
-        for (Q x : every_x.values) {
-            constexpr float integers = 0x1.8p23f;  // as floats of this size are
-            const float level = float(x) * line.slope + line.intercept, nearest = (level + integers) - integers;
-            is_doubtful |= !(std::abs(level - nearest) + error < 0.5f);
-        }
-        if (!is_doubtful) return line;
+        if (error < 0.5f && are_apart_from_ties(line, error)) return line;
         const Table<Q> table({call, c});
         for (float shift : {0.0f, error / 4, -error / 4}) {
             const Line moved{line.slope, line.intercept + shift, true};
@@ -146,6 +140,20 @@ struct QuantizedKernel {
             if (std::memcmp(found, table.results, 256) == 0) return moved;
         }
         return {0, 0, false};
+    }
+
+    // Whether of every x the level is farther than `error` from all ties: the squares of its distances from the nearest
+    // integer, which are rounded too, stay below that of the least that is allowed.
+    bool are_apart_from_ties(const Line& line, float error) const {
+        const Pack<float> slope(line.slope), intercept(line.intercept), integers(0x1.8p23f);  // of this size all are
+        const Pack<float> most((0.5f - error) * (0.5f - error) * (1 - 0x1p-20f));
+        Pack<float> beyond(0.0f);
+        for (int i = 0; i < 256; i += lanes) {
+            const Pack<float> level = fma(load<float>(every_x.values + i), slope, intercept);
+            const Pack<float> distance = level - ((level + integers) - integers);
+            beyond = beyond + relu(distance * distance - most);
+        }
+        return sum(beyond) == 0;
     }
 
     std::vector<Line> lines() const {
@@ -166,32 +174,34 @@ struct QuantizedKernel {
         }
     }
 
-    void write_planes() const {
-        const Blocks blocks(v.n, v.s);
-        const std::vector<Line> lines = this->lines();
-        parallel_for(v.c * blocks.parts(), 2 * v.size(), [&](int64_t item) {
-            const int64_t c = item / blocks.parts();
-            auto visit = [&](auto write) {
-                blocks.pieces_of(item % blocks.parts(), [&](int64_t n, int64_t i, int64_t length) {
-                    write(call.x.at<const Q>(n, c) + i, call.y.at<Q>(n, c) + i, length);
-                });
-            };
-            if (lines[c].gives_levels)
-                visit([&](const Q* x, Q* y, int64_t n) { write_run(x, y, n, lines[c]); });
-            else
-                visit([table = Table<Q>({call, c})](const Q* x, Q* y, int64_t n) { look_up(x, y, n, table); });
-        });
+    // The channels that are looked up, in order.
+    using Exceptions = std::vector<std::pair<int64_t, Table<Q>>>;
+
+    Exceptions exceptions_of(const std::vector<Line>& lines) const {
+        Exceptions exceptions;
+        for (int64_t c = 0; c < v.c; ++c)
+            if (!lines[c].gives_levels) exceptions.emplace_back(c, Table<Q>({call, c}));
+        return exceptions;
     }
 
-    using Exceptions = std::vector<std::pair<int64_t, Table<Q>>>;
+    void write_planes() const {
+        const std::vector<Line> lines = this->lines();
+        const Exceptions exceptions = exceptions_of(lines);
+        over_runs(v, 2 * v.size(), false, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
+            const Q* x = call.x.at<const Q>(n, c) + i;
+            Q* y = call.y.at<Q>(n, c) + i;
+            if (lines[c].gives_levels) return write_run(x, y, length, lines[c]);
+            const auto its = std::lower_bound(exceptions.begin(), exceptions.end(), c,
+                                              [](const auto& exception, int64_t c) { return exception.first < c; });
+            look_up(x, y, length, its->second);
+        });
+    }
 
     void write_columns() const {
         const Tile all{0, v.n, 0, v.c, v.s};
         const int64_t distance = common(&Tensor::sample, {call.x, call.y});
         const std::vector<Line> lines = this->lines();
-        Exceptions exceptions;
-        for (int64_t c = 0; c < v.c; ++c)
-            if (!lines[c].gives_levels) exceptions.emplace_back(c, Table<Q>({call, c}));
+        const Exceptions exceptions = exceptions_of(lines);
         auto values_of_line = [&](auto, int64_t c) {
             return std::array<double, 2>{lines[c].slope, lines[c].intercept};
         };

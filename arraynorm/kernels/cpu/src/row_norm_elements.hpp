@@ -126,7 +126,6 @@ void forward_elements(const RowNormForward& call) {
             rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, bool more) {
                 blocks.pieces_of(part,
                                  [&](int64_t, int64_t i, int64_t length) { write(row, i, length, more ? 1 : 0); });
-                if (call.streaming) finish_streaming();
             });
         return;
     }

@@ -26,7 +26,6 @@ template <class T, class E>
             row_y + run * call.y.channel + i, length, call.streaming, ahead,
             InAnyOrder{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
     });
-    if (call.streaming) finish_streaming();
 }
 
 template <class T>
