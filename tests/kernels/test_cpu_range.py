@@ -124,6 +124,15 @@ def test_channels_that_are_summed_sample_by_sample_are_looked_at_again(shape: tu
     assert other[:, 2:].tobytes() == y[:, 2:].tobytes()
 
 
+def test_few_values_to_a_channel_are_summed_in_float64_wherever_they_lie():
+    """Every second channel, 64 KiB apart: of fewer than 64 values float32's rounding errors would show."""
+    x, dy = (RNG.standard_normal((16, 16384, 2)).astype(np.float32)[:, ::2] for _ in range(2))
+    dx = an.batch_norm_backward(dy, an.batch_norm_forward(x)[1]).dx
+    with only("reference"):
+        expected = an.batch_norm_backward(dy, an.batch_norm_forward(x)[1]).dx
+    np.testing.assert_array_equal(dx, expected)
+
+
 @pytest.mark.parametrize("shape", [(300, 40), (5000, 3), (40, 5000), (3000, 200)])
 def test_a_second_look_at_some_channels_changes_no_bit_of_others_nor_depends_on_them(shape: tuple[int, int]):
     x, dy = (RNG.standard_normal(shape).astype(np.float32) for _ in range(2))

@@ -19,13 +19,14 @@ inline int64_t mask_bit(const Volume& v, int64_t n, int64_t c, int64_t i) { retu
 // second-level cache, so that its runs come from memory twice, in pieces. A cache has room by address, modulo some 64
 // KiB, and runs at distances that have a large divisor in common with that share few places: those of (512, 32, 256)
 // floats, 32 KiB apart, a thirtieth of the cache. By samples that takes half the time. Where a channel does fit, sums
-// by samples lose a quarter; the shorter the runs the less. Measured with runs of 400 bytes to 64 KiB.
+// by samples lose a quarter; the shorter the runs the less. Measured with runs of 400 bytes to 64 KiB. Of runs shorter
+// still the sums alone would be as large as x.
 template <class T>
 inline bool are_summed_by_samples(const Volume& v, int64_t arrays) {
     constexpr int64_t cache = 2 << 20, places = 64 << 10;
     const int64_t run = v.s * sizeof(T), distinct = std::gcd(v.c * run, places);
     const int64_t room = run < 4096 ? cache * std::min(run, distinct) / distinct * (run <= 512 ? 1 : 2) : cache;
-    return v.size() > 0 && run <= places && arrays * v.n * run >= room;
+    return v.size() > 0 && v.s >= 64 && run <= places && arrays * v.n * run >= room;
 }
 
 // The sums of every channel; of_run(n, c) are those of a run.
@@ -37,7 +38,8 @@ inline std::vector<Sums> sums_by_samples(const Volume& v, int64_t bytes, OfRun o
         for (int64_t n = v.n * block / blocks; n < v.n * (block + 1) / blocks; ++n)
             for (int64_t c = 0; c < v.c; ++c) sums[block * v.c + c].add(of_run(n, c));
     });
-    for (int64_t i = v.c; i < blocks * v.c; ++i) sums[i % v.c].add(sums[i]);
+    for (int64_t block = 1; block < blocks; ++block)
+        for (int64_t c = 0; c < v.c; ++c) sums[c].add(sums[block * v.c + c]);
     return sums;
 }
 
