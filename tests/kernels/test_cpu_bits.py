@@ -231,6 +231,53 @@ def test_results_that_bypass_the_cache_are_those_that_do_not(op, sample):
         assert (bits[1][: samples * size].reshape(samples, size) == bits[0][:size]).all()
 
 
+# What bypasses the cache: rows and planes that begin and end anywhere in a cache line, and adjacent rows of columns.
+STREAMED: dict[str, tuple[tuple[int, ...], Any, Any]] = {
+    "rows": ((1027,), lambda x, w, out: an.layer_norm_forward(x, 1027, w, w, out=out), an.layer_norm_backward),
+    "rows of an even size": ((2048,), lambda x, w, out: an.rms_norm_forward(x, 2048, w, out=out), an.rms_norm_backward),
+    "planes": ((3, 713), lambda x, w, out: an.instance_norm_forward(x, w, w, out=out), an.instance_norm_backward),
+    "columns": (
+        (37, 20),
+        lambda x, w, out: an.instance_norm_forward(x, w, w, axis=-1, out=out),
+        an.instance_norm_backward,
+    ),
+    "given statistics, columns": (
+        (7, 24),
+        lambda x, w, out: an.batch_norm_frozen_forward(x, 0 * w, w, w, w, axis=-1, out=out),
+        an.batch_norm_frozen_backward,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("case", STREAMED)
+@each_level
+def test_what_bypasses_the_cache_goes_where_it_should_and_nowhere_else(case, dtype, level):
+    """Into memory that begins at any element of a cache line; each sample's bits are those of some samples alone."""
+    sample, run_forward, run_backward = STREAMED[case]
+    channels = sample[0] if case in ("planes", "rows", "rows of an even size") else sample[-1]
+    rng = np.random.default_rng(11)
+    x, dy = rng.standard_normal((2, 6, *sample)).astype(dtype)
+    w = rng.uniform(0.5, 2, channels)
+    times = _CACHE // (4 * 2 * x.nbytes) + 2
+    bits = f"uint{8 * x.itemsize}"
+    with instructions(level), threads(2):
+        y, cache = run_forward(x, w, None)
+        dx = run_backward(dy, cache).dx
+        many, many_dy = (np.concatenate([a] * times) for a in (x, dy))
+        cache = run_forward(many, w, None)[1]
+        buffer = np.empty(many.size + 128, dtype)
+        for shift in (0, 1, 5, 16 // x.itemsize):
+            start = 64 + -buffer.ctypes.data % 64 // buffer.itemsize + shift
+            before, out, after = np.split(buffer, [start, start + many.size])
+            out = out.reshape(many.shape)
+            for run, wanted in ((run_forward, y), (run_backward, dx)):
+                buffer[...] = 7
+                run(many, w, out) if run is run_forward else run(many_dy, cache, out=out)
+                assert (out.view(bits).reshape(times, *x.shape) == wanted.view(bits)).all(), shift
+                assert (np.concatenate([before, after]) == 7).all(), shift
+
+
 # -- one norm, several kernels ---------------------------------------------------------------------------------
 
 SYNCHRONIZED = [name for name in EXAMPLES if name.startswith(("batch_norm,", "batch_norm_add_relu,"))]

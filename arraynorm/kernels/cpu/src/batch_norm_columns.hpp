@@ -114,8 +114,9 @@ template <class T, class Values>
     };
     write_columns(y, tile, call.streaming, values, sum_relu, x, addend);
     if (bytes) return;
+    SharedBytes ends;
     for (int64_t r = 0; r < tile.rows; ++r) {  // rows that share bytes
-        MaskWriter mask(call.mask, bit + r * all);
+        MaskWriter mask(call.mask, bit + r * all, ends);
         for (int64_t j = 0; j < tile.width(); j += lanes) {
             const int64_t count = std::min<int64_t>(lanes, tile.width() - j);
             mask.put(positive<T>(load<Computation<T>>(y.at(r, j), count)), count);

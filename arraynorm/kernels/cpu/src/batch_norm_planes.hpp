@@ -84,14 +84,14 @@ struct ForwardPlane {
         : call(call), c(c), values(packs_of<E>(forward_coefficients<E>(call, c))) {}
 
     // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
-    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next) const {
+    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, SharedBytes& ends) const {
         const T* x = call.x.at<const T>(n, c) + i;
         T* y = call.y.at<T>(n, c) + i;
         auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
             return write_run(y, length, call.streaming, next,
                              InAnyOrder{[=](int64_t j, auto count, auto) { return affine(j, count); }});
-        MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i));
+        MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i), ends);
         auto gated = [&](Pack<E> sum, auto count) {
             const auto v = converted<Computation<T>>(sum);
             mask.put(positive<T>(v), count);
@@ -117,10 +117,13 @@ void forward_planes(const BatchNormForward& call) {
     if (by_samples) keep_moments_by_samples<T>(call, bytes);
     if (by_samples && !call.writes) return;
     if (by_samples || !call.takes_statistics) {
-        return over_runs(v, bytes, call.streaming, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            computed<E>(is_tame<E>(call, c), [&](auto e) {
-                const T* x = call.x.at<const T>(n, c) + i;
-                ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x));
+        return over_runs(v, bytes, call.streaming, [&](auto pieces) {
+            SharedBytes ends;
+            pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
+                computed<E>(is_tame<E>(call, c), [&](auto e) {
+                    const T* x = call.x.at<const T>(n, c) + i;
+                    ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x), ends);
+                });
             });
         });
     }
@@ -130,10 +133,11 @@ void forward_planes(const BatchNormForward& call) {
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, bool more) {
+            SharedBytes ends;
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const ForwardPlane<T, decltype(e)> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr);
+                    plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr, ends);
                 });
             });
         });
@@ -215,8 +219,8 @@ struct BackwardPlane {
             } else {
                 const auto g = mask.gate(j, load<Computation<T>>(dy + j, count), count);
                 if (is_masked && daddend) {
-                    if constexpr (streams.value)
-                        together ? stream(daddend + j, g) : store(daddend + j, g);
+                    if (streams.value && together)
+                        stream(daddend + j, g, count);
                     else
                         store(daddend + j, g, count);
                 }
@@ -245,10 +249,12 @@ void backward_planes(const BatchNormBackward& call) {
     if (by_samples) keep_sums_by_samples<T, Mask>(call, bytes);
     if (by_samples && !call.writes) return;
     if (by_samples || !call.reduces) {
-        return over_runs(v, bytes, call.streaming, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            computed<E>(is_tame<E>(call, c), [&](auto e) {
-                const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
+        return over_runs(v, bytes, call.streaming, [&](auto pieces) {
+            pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
+                computed<E>(is_tame<E>(call, c), [&](auto e) {
+                    const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
+                    BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
+                });
             });
         });
     }

@@ -47,20 +47,22 @@ struct Blocks {
     }
 };
 
-// write(n, c, first, length) for pieces of all runs, in the order of memory
+// write(pieces) for every item; pieces(f) calls f(n, c, first, length) for its pieces of runs, in the order of memory
 template <class Write>
 inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write write) {
     const Blocks blocks(1, v.s);
     const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
     parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
-        const int64_t begin = item * share, run = begin / blocks.count;
-        int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
-        for (int64_t left = std::min(share, items - begin); left > 0; --left) {
-            blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { write(n, c, first, length); });
-            if (++block < blocks.count) continue;
-            block = 0;
-            if (++c == v.c) c = 0, ++n;
-        }
+        write([&](auto f) {
+            const int64_t begin = item * share, run = begin / blocks.count;
+            int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
+            for (int64_t left = std::min(share, items - begin); left > 0; --left) {
+                blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { f(n, c, first, length); });
+                if (++block < blocks.count) continue;
+                block = 0;
+                if (++c == v.c) c = 0, ++n;
+            }
+        });
         if (streaming) finish_streaming();
     });
 }

@@ -420,7 +420,10 @@ inline void with_values(const Tile& tile, IsTame is_tame, Of of, Write write, Bo
 template <class T, class Values, class Value, class... Streams>
 [[gnu::always_inline]] inline void write_columns(RowsOf<T> y, const Tile& tile, bool streaming, const Values& values,
                                                  Value value, Streams... read) {
-    const bool stream_all = streaming && to_line(y.start) == 0 && y.distance * sizeof(T) % 64 == 0;
+    // Rows of whole cache lines, or adjacent ones: those share lines, which are written whole all the same.
+    const int64_t bytes = y.distance * int64_t(sizeof(T));
+    const int64_t unit = y.distance == tile.width() ? 16 : 64;
+    const bool stream_all = streaming && reinterpret_cast<uintptr_t>(y.start) % unit == 0 && bytes % unit == 0;
     auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
         over_rows<at_once.value, line_packs<T>>(
             tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
@@ -433,7 +436,9 @@ template <class T, class Values, class Value, class... Streams>
                         T* to = y.at(row + k, j + p * lanes);
                         const auto v = value(of[p], row + k, j + p * lanes, count);
                         if constexpr (streams.value && std::is_same_v<decltype(count), Full>)
-                            stream(to, v);
+                            stream<16>(to, v);
+                        else if constexpr (streams.value)
+                            stream(to, v, count);
                         else
                             store(to, v, count);
                     }

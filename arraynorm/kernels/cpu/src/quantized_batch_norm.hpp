@@ -187,13 +187,15 @@ struct QuantizedKernel {
     void write_planes() const {
         const std::vector<Line> lines = this->lines();
         const Exceptions exceptions = exceptions_of(lines);
-        over_runs(v, 2 * v.size(), false, [&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            const Q* x = call.x.at<const Q>(n, c) + i;
-            Q* y = call.y.at<Q>(n, c) + i;
-            if (lines[c].gives_levels) return write_run(x, y, length, lines[c]);
-            const auto its = std::lower_bound(exceptions.begin(), exceptions.end(), c,
-                                              [](const auto& exception, int64_t c) { return exception.first < c; });
-            look_up(x, y, length, its->second);
+        over_runs(v, 2 * v.size(), false, [&](auto pieces) {
+            pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
+                const Q* x = call.x.at<const Q>(n, c) + i;
+                Q* y = call.y.at<Q>(n, c) + i;
+                if (lines[c].gives_levels) return write_run(x, y, length, lines[c]);
+                const auto its = std::lower_bound(exceptions.begin(), exceptions.end(), c,
+                                                  [](const auto& exception, int64_t c) { return exception.first < c; });
+                look_up(x, y, length, its->second);
+            });
         });
     }
 

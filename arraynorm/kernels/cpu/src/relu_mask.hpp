@@ -7,14 +7,41 @@
 
 namespace arraynorm::ARRAYNORM_ISA {
 
-// Writes the bits of one run, in order. A run may begin and end within a byte whose other bits another thread writes at
-// the same time: those two bytes are added to, atomically, so the mask must be zero before.
+// Bytes in which a run begins or ends, the other bits of which another thread may write at the same time: they are
+// added to, atomically, so the mask must be zero before. Not at once, for an atomic operation waits until all streamed
+// stores are in memory: after every run that took three times as long as all else.
+class SharedBytes {
+public:
+    SharedBytes() = default;
+    SharedBytes(const SharedBytes&) = delete;
+    ~SharedBytes() { write(); }
+
+    void add(uint8_t* byte, unsigned bits) {
+        if (number_ == most) write();
+        bytes_[number_] = byte;
+        bits_[number_++] = uint8_t(bits);
+    }
+
+private:
+    void write() {
+        for (int i = 0; i < number_; ++i) __atomic_fetch_or(bytes_[i], bits_[i], __ATOMIC_RELAXED);
+        number_ = 0;
+    }
+
+    static constexpr int most = 256;
+    uint8_t* bytes_[most];
+    uint8_t bits_[most];
+    int number_ = 0;
+};
+
+// Writes the bits of one run, in order.
 class MaskWriter {
 public:
-    MaskWriter(uint8_t* mask, int64_t bit) : byte_(mask + bit / 8), pending_(bit % 8), shared_(bit % 8 != 0) {}
+    MaskWriter(uint8_t* mask, int64_t bit, SharedBytes& ends)
+        : byte_(mask + bit / 8), pending_(bit % 8), shared_(bit % 8 != 0), ends_(ends) {}
     MaskWriter(const MaskWriter&) = delete;
     ~MaskWriter() {
-        if (pending_) add(bits_);
+        if (pending_) ends_.add(byte_, bits_);
     }
 
     void put(unsigned bits, Full) {
@@ -28,7 +55,7 @@ public:
         pending_ += unsigned(count);
         if (pending_ < 8) return;
         if (shared_)
-            add(bits_ & 0xff);
+            ends_.add(byte_, bits_ & 0xff);
         else
             *byte_ = uint8_t(bits_);
         ++byte_;
@@ -38,11 +65,10 @@ public:
     }
 
 private:
-    void add(unsigned bits) { __atomic_fetch_or(byte_, uint8_t(bits), __ATOMIC_RELAXED); }
-
     uint8_t* byte_;
     unsigned bits_ = 0, pending_;
     bool shared_;
+    SharedBytes& ends_;
 };
 
 // Lets the elements of a run pass whose bits are set.

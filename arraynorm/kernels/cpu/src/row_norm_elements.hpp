@@ -142,8 +142,13 @@ void forward_elements(const RowNormForward& call) {
             for (int64_t k = 0; k < number; ++k) found[k] = reduce(row + k, 0);
             for (int64_t k = 0; k < number; ++k) keep(row + k, found[k]);
             for (int64_t first = 0; first < rows.channels; first += segment)
-                for (int64_t r = row; r < row + number; ++r)
-                    write(r, first, std::min(segment, rows.channels - first), r + bundle < end ? bundle : 0);
+                for (int64_t r = row; r < row + number; ++r) {
+                    // cut where y has a line's end: what is streamed of a line is to be streamed at once
+                    const int64_t shift = rows.channels > segment ? to_line(start_of<T>(rows, call.y, r)) : 0;
+                    const int64_t from = first ? std::min(first + shift, rows.channels) : 0,
+                                  to = std::min(first + segment + shift, rows.channels);
+                    write(r, from, to - from, r + bundle < end ? bundle : 0);
+                }
         }
         if (call.streaming) finish_streaming();
     });

@@ -29,6 +29,10 @@ template <class T, class E>
 [[gnu::always_inline]] inline void store(T* p, Pack<E> a, Full) {
     store(p, a);
 }
+template <class T, class E>
+[[gnu::always_inline]] inline void stream(T* p, Pack<E> a, Full) {
+    stream(p, a);
+}
 template <class E>
 [[gnu::always_inline]] inline Pack<E> first_of(Pack<E> a, Full) {
     return a;
@@ -309,26 +313,30 @@ template <class T, class Value>
                 }
         }
     };
-    const bool is_long = n >= 4 * line;
-    if (is_long)
-        for (const int64_t head = to_line(y); i < head;) {
-            const int64_t count = std::min<int64_t>(lanes, head - i);
-            store(y + i, value(i, count, stays), count);
+    auto write_part = [&](int64_t end, auto way) __attribute__((always_inline)) {
+        while (i < end) {
+            const int64_t count = std::min<int64_t>(lanes, end - i);
+            way.value ? stream(y + i, value(i, count, way), count) : store(y + i, value(i, count, way), count);
             i += count;
         }
-    if (streaming && is_long)
+    };
+    const bool is_long = n >= 4 * line;
+    if (streaming && is_long) {
+        write_part(to_line(y), streams);
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i * sizeof(T));
             write_line(streams);
         }
-    else
-        for (; i + line <= n; i += line) {
-            if (next) prefetch(next + i * sizeof(T));
-            prefetch_to_write(further_on(y + i));
-            write_line(stays);
-        }
+        return write_part(n, streams);
+    }
+    if (is_long) write_part(to_line(y), stays);
+    for (; i + line <= n; i += line) {
+        if (next) prefetch(next + i * sizeof(T));
+        prefetch_to_write(further_on(y + i));
+        write_line(stays);
+    }
     for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}, stays));
-    if (i < n) store(y + i, value(i, n - i, stays), n - i);
+    write_part(n, stays);
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

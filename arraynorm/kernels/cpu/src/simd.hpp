@@ -438,12 +438,12 @@ template <class T, class E>
     scatter(p, all, n);
 }
 
-// Bypasses the cache; p must be aligned to 32 bytes (16 for the 16-bit formats).
-template <class T, class E>
+// Bypasses the cache; p must be aligned to 32 bytes (16 for the 16-bit formats), or to as many as said.
+template <int alignment = register_bytes, class T, class E>
 [[gnu::always_inline]] inline void stream(T* p, Pack<E> a) {
 #if defined(__x86_64__)
     auto r = rounded<T>(a);
-    constexpr int bytes = sizeof r < register_bytes ? sizeof r : register_bytes;
+    constexpr int bytes = std::min<int>(sizeof r, alignment);
     for (size_t i = 0; i < sizeof r / bytes; ++i) {
         const char* from = reinterpret_cast<const char*>(&r) + i * bytes;
         char* to = reinterpret_cast<char*>(p) + i * bytes;
@@ -461,6 +461,32 @@ template <class T, class E>
     }
 #else
     store(p, a);
+#endif
+}
+
+// The first n elements, 0 < n <= 8, none of them beyond the cache line that p lies in. Where the rest of that line is
+// streamed too, by this thread and soon, it goes to memory whole; an ordinary store there would first fetch it, and
+// every streamed one would wait for that.
+template <class T, class E>
+[[gnu::always_inline]] inline void stream(T* p, Pack<E> a, int64_t n) {
+#if defined(__x86_64__)
+    auto r = rounded<T>(a);
+    char all[sizeof r];
+    std::memcpy(all, &r, sizeof all);
+    char* to = reinterpret_cast<char*>(p);
+    int64_t i = 0;
+    for (; i + 4 <= n * int64_t(sizeof(T)); i += 4) {
+        int32_t four;
+        std::memcpy(&four, all + i, sizeof four);
+        _mm_stream_si32(reinterpret_cast<int32_t*>(to + i), four);
+    }
+    if (sizeof(T) == 2 && n % 2) {
+        int16_t two;
+        std::memcpy(&two, all + i, sizeof two);
+        _mm_maskmoveu_si128(_mm_set1_epi16(two), _mm_setr_epi16(-1, 0, 0, 0, 0, 0, 0, 0), to + i);
+    }
+#else
+    store(p, a, n);
 #endif
 }
 
