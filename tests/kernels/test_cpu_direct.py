@@ -19,6 +19,7 @@ from arraynorm.kernels.reference import (
     group_norm,
     instance_norm,
     layer_norm,
+    quantized_batch_norm,
     rms_norm,
 )
 from compiled import needs_native
@@ -96,6 +97,10 @@ CALLS: dict[str, tuple[Any, Call]] = {
         lambda a: an.rms_norm_backward(a["dy"], an.rms_norm_forward(a["x"], (5, 3))[1]),
     ),
 }
+QUANTIZED = {
+    "quantized_batch_norm": quantized_batch_norm.quantized_batch_norm,
+    "quantized_batch_norm_relu": quantized_batch_norm.quantized_batch_norm_relu,
+}
 OF_CHANNELS = [name for name in CALLS if not name.startswith(("layer", "rms"))]
 
 
@@ -119,7 +124,7 @@ def answered(kernel: Any) -> Iterator[list[bool]]:
 @contextmanager
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        for kernel, _ in CALLS.values():
+        for kernel in (*(kernel for kernel, _ in CALLS.values()), *QUANTIZED.values()):
             patch.setattr(kernel, "direct", lambda *_: None)
         yield
 
@@ -297,3 +302,81 @@ def test_out_is_written_to_or_nothing_is(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="out"):
         an.batch_norm_frozen(block[60:240].reshape(5, 6, 6), block[70:76], np.ones(6), out=block[:180].reshape(5, 6, 6))
     assert block.tobytes() == before.tobytes()
+
+
+def quantized(name: str, dtype: Any = np.uint8, parameter_dtype: Any = np.float32, **replaced: Any) -> Any:
+    a = arrays(np.float32, parameter_dtype)
+    xq = np.random.default_rng(2).integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, SHAPE).astype(dtype)
+    options = {"x_scale": 0.02, "x_zero_point": 3, "y_scale": 0.05, "y_zero_point": 100, "eps": 1e-3}
+    given = {"xq": xq, **{key: a[key] for key in ("mean", "var", "weight", "bias")}} | options | replaced
+    return getattr(an, name)(**given)
+
+
+@pytest.mark.parametrize("parameter_dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_one_step_gives_the_levels_of_several(
+    name: str, dtype: Any, parameter_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = np.empty(SHAPE, dtype)
+    ways: list[Arrays] = [
+        {},
+        {"weight": None, "bias": None},
+        {"out": out},
+        {"x_zero_point": int(np.iinfo(dtype).min)},
+    ]
+    for options in ways:
+        with answered(QUANTIZED[name]) as record:
+            result = quantized(name, dtype, parameter_dtype, **options)
+        assert record == [True]
+        assert (result is out) == ("out" in options)
+        kept = result.copy()
+        with step_by_step(monkeypatch):
+            assert_same(kept, quantized(name, dtype, parameter_dtype, **options))
+
+
+def test_quantized_in_place_and_along_another_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    xq = np.arange(120, dtype=np.uint8).reshape(4, 5, 6)
+    options: Arrays = {"axis": -1, "xq": xq}
+    wanted = quantized("quantized_batch_norm", **options)
+    with step_by_step(monkeypatch):
+        assert_same(wanted, quantized("quantized_batch_norm", **options))
+    with answered(quantized_batch_norm.quantized_batch_norm) as record:
+        assert quantized("quantized_batch_norm", **options, out=xq) is xq
+    assert record == [True]
+    assert_same(xq, wanted)
+
+
+QUANTIZED_WRONG: dict[str, Arrays] = {
+    "floats": {"xq": np.zeros(SHAPE, np.float32)},
+    "a scale of zero": {"x_scale": 0.0},
+    "a scale that is no number": {"y_scale": float("nan")},
+    "a zero point out of range": {"x_zero_point": 256},
+    "a negative zero point": {"y_zero_point": -1},
+    "a zero point that is a float": {"y_zero_point": 1.0},
+    "a negative variance": {"var": np.array([1, -1, 2, 0, 1, 1.0])},
+    "an infinite weight": {"weight": np.array([1, np.inf, 2, 0, 1, 1.0])},
+    "an infinite variance": {"var": np.array([1, np.inf, 2, 0, 1, 1.0])},
+    "no mean": {"mean": None},
+    "another shape": {"bias": np.ones(5)},
+    "no such axis": {"axis": 4},
+    "read-only": {"out": np.broadcast_to(np.zeros((), np.uint8), SHAPE)},
+    "another dtype of out": {"out": np.zeros(SHAPE, np.int8)},
+    "overlapping": {"xq": np.arange(480, dtype=np.uint8)[:360].reshape(SHAPE)},
+}
+
+
+@pytest.mark.parametrize("wrong", QUANTIZED_WRONG)
+def test_quantized_what_is_wrong_is_refused_in_the_same_words(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = dict(QUANTIZED_WRONG[wrong])
+    if wrong == "overlapping":
+        replaced["out"] = replaced["xq"].base[9:369].reshape(SHAPE)
+
+    def call(a: Arrays) -> Any:
+        return quantized("quantized_batch_norm", **a)
+
+    with step_by_step(monkeypatch):
+        expected = _outcome(call, replaced)
+    assert isinstance(expected, Exception)
+    found = _outcome(call, replaced)
+    assert (type(found), str(found)) == (type(expected), str(expected))

@@ -12,6 +12,7 @@
 
 #include "native.hpp"
 #include "operands.hpp"
+#include "walk.hpp"
 
 namespace arraynorm::direct {
 
@@ -31,17 +32,24 @@ PyObject* or_none(Body body) {
     }
 }
 
-// An array in C order with elements, of one of the four dtypes.
-inline PyArrayObject* plain_array(PyObject* argument) {
+// An array in C order with elements.
+inline PyArrayObject* plain_elements(PyObject* argument) {
     require(PyArray_CheckExact(argument));
     PyArrayObject* array = reinterpret_cast<PyArrayObject*>(argument);
-    require(PyArray_ISCARRAY_RO(array) && PyArray_SIZE(array) > 0 && dtype_of(array));
+    require(PyArray_ISCARRAY_RO(array) && PyArray_SIZE(array) > 0);
+    return array;
+}
+
+// The same, of one of the four dtypes.
+inline PyArrayObject* plain_array(PyObject* argument) {
+    PyArrayObject* array = plain_elements(argument);
+    require(bool(dtype_of(array)));
     return array;
 }
 
 // The same, like `x`.
 inline PyArrayObject* plain_like(PyObject* argument, PyArrayObject* x) {
-    PyArrayObject* array = plain_array(argument);
+    PyArrayObject* array = plain_elements(argument);
     require(PyArray_TYPE(array) == PyArray_TYPE(x) && PyArray_SAMESHAPE(array, x));
     return array;
 }
@@ -58,7 +66,7 @@ inline PyArrayObject* plain_parameter(PyObject* argument, PyArrayObject* x, int 
 // Declines a NaN that comes together with an x of bfloat16: on the longer way it is made `quiet`.
 template <class Values>
 void require_no_nan(const Values& values, int64_t size, PyArrayObject* x) {
-    if (*dtype_of(x) != DType::bfloat16) return;
+    if (dtype_of(x) != DType::bfloat16) return;
     for (int64_t i = 0; i < size; ++i) require(!std::isnan(values[i]));
 }
 
@@ -102,9 +110,13 @@ inline Ref output(PyObject* out, PyArrayObject* x, const std::vector<const void*
 // One more reference.
 inline PyObject* again(PyObject* argument) { return Ref::borrowed(argument).release(); }
 
-inline double plain_epsilon(PyObject* argument) {
+inline double plain_real(PyObject* argument) {
     require(PyFloat_CheckExact(argument));
-    const double eps = PyFloat_AS_DOUBLE(argument);
+    return PyFloat_AS_DOUBLE(argument);
+}
+
+inline double plain_epsilon(PyObject* argument) {
+    const double eps = plain_real(argument);
     require(std::isfinite(eps) && eps >= 0);
     return eps;
 }
@@ -115,6 +127,29 @@ inline int64_t plain_integer(PyObject* argument) {
     const int64_t value = PyLong_AsLongLongAndOverflow(argument, &overflow);
     require(!overflow);
     return value;
+}
+
+// Channels at any axis of an array in C order.
+struct Channels {
+    int axis;
+    npy_intp number;
+    int64_t values;  // per channel
+    Volume volume;
+    Tensor tensor(PyArrayObject* array) const { return {PyArray_DATA(array), volume.c * volume.s, volume.s}; }
+};
+
+// `least` values per channel are needed.
+inline Channels channels_of(PyArrayObject* x, PyObject* axis_argument, int64_t least) {
+    const int ndim = PyArray_NDIM(x);
+    int64_t axis = plain_integer(axis_argument);
+    require(ndim >= 2 && -ndim <= axis && axis < ndim);
+    if (axis < 0) axis += ndim;
+    int64_t n = 1, s = 1;
+    for (int i = 0; i < axis; ++i) n *= PyArray_DIM(x, i);
+    for (int i = int(axis) + 1; i < ndim; ++i) s *= PyArray_DIM(x, i);
+    require(n * s >= least);
+    const npy_intp number = PyArray_DIM(x, int(axis));
+    return {int(axis), number, n * s, volume_in_c_order(n, number, s)};
 }
 
 // The numbers of a parameter in C order: in place or, of 16 bits, as floats.

@@ -1,33 +1,10 @@
 // Batch norm in one step, alone and with addend and ReLU: see direct.hpp.
 #include "direct.hpp"
-#include "walk.hpp"
 
 namespace arraynorm {
 namespace {
 
 using namespace direct;
-
-struct Channels {
-    int axis;
-    npy_intp number;
-    int64_t values;  // per channel
-    Volume volume;
-    Tensor tensor(PyArrayObject* array) const { return {PyArray_DATA(array), volume.c * volume.s, volume.s}; }
-};
-
-// `least` values per channel are needed.
-Channels channels_of(PyArrayObject* x, PyObject* axis_argument, int64_t least) {
-    const int ndim = PyArray_NDIM(x);
-    int64_t axis = plain_integer(axis_argument);
-    require(ndim >= 2 && -ndim <= axis && axis < ndim);
-    if (axis < 0) axis += ndim;
-    int64_t n = 1, s = 1;
-    for (int i = 0; i < axis; ++i) n *= PyArray_DIM(x, i);
-    for (int i = int(axis) + 1; i < ndim; ++i) s *= PyArray_DIM(x, i);
-    require(n * s >= least);
-    const npy_intp number = PyArray_DIM(x, int(axis));
-    return {int(axis), number, n * s, volume_in_c_order(n, number, s)};
-}
 
 // -- forward --------------------------------------------------------------------------------------------------
 

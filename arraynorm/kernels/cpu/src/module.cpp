@@ -91,8 +91,9 @@ PyMethodDef settings[] = {
 };
 
 int execute(PyObject* module) {
-    for (PyMethodDef* methods : {settings, batch_norm_methods, row_norm_methods, quantized_batch_norm_methods,
-                                 direct_batch_norm_methods, direct_row_norm_methods, moments_methods})
+    for (PyMethodDef* methods :
+         {settings, batch_norm_methods, row_norm_methods, quantized_batch_norm_methods, direct_batch_norm_methods,
+          direct_row_norm_methods, direct_quantized_batch_norm_methods, moments_methods})
         if (PyModule_AddFunctions(module, methods) < 0) return -1;
     return 0;
 }

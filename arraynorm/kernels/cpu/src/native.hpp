@@ -16,8 +16,7 @@ extern PyMethodDef batch_norm_methods[], row_norm_methods[], quantized_batch_nor
 extern PyMethodDef moments_methods[];
 
 // direct_NAME for some of them: see direct.hpp.
-extern PyMethodDef direct_batch_norm_methods[];
-extern PyMethodDef direct_row_norm_methods[];
+extern PyMethodDef direct_batch_norm_methods[], direct_row_norm_methods[], direct_quantized_batch_norm_methods[];
 
 // The body of a METH_FASTCALL function with a fixed number of parameters.
 template <size_t number, PyObject* (*body)(Arguments)>
