@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "calls.hpp"
@@ -68,11 +70,12 @@ inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write writ
 }
 
 // What sums of gradients are made of: g = gate(dy, j, count), and x. Of a pair the gate, which must be InAnyOrder, is
-// given what is stored.
-template <class T, class Gate>
+// given what is stored. `fetched` is what memory is to bring meanwhile.
+template <class T, class Gate, class Fetched = std::nullptr_t>
 struct Gradients {
     const T *dy, *x;
     Gate gate;
+    Fetched fetched = nullptr;
 
     template <class E, class Count>
     [[gnu::always_inline]] Pack<E> gated(int64_t j, Count count) const {
@@ -85,6 +88,8 @@ struct Gradients {
 };
 template <class T, class Gate>
 Gradients(const T*, const T*, Gate) -> Gradients<T, Gate>;
+template <class T, class Gate>
+Gradients(const T*, const T*, Gate, const T*) -> Gradients<T, Gate, const T*>;
 
 template <class E, class Open>
 [[gnu::flatten]] Sums gradient_sums_in(const Blocks& blocks, int64_t part, double set_mean, const Open& open) {
@@ -97,10 +102,12 @@ template <class E, class Open>
             const Pack<E> g = from.template gated<E>(j, count);
             return Terms{g, g, first_of(load<E>(from.x + j, count) - pivot, count)};
         };
-        if constexpr (is_in_any_order<decltype(from.gate)>)
-            accumulators.run(length, InAnyOrder{terms}, from.dy, from.x);
+        constexpr bool in_any_order = is_in_any_order<decltype(from.gate)>;
+        const std::conditional_t<in_any_order, InAnyOrder<decltype(terms)>, decltype(terms)> ordered{terms};
+        if constexpr (std::is_null_pointer_v<decltype(from.fetched)>)
+            accumulators.run(length, ordered, from.dy, from.x);
         else
-            accumulators.run(length, terms, from.dy, from.x);
+            accumulators.run(length, ordered, from.dy, from.x, from.fetched);
     });
     Sums sums = accumulators.total();
     sums.second = mean.constant(sums.first, sums.second);

@@ -28,12 +28,24 @@ inline T* start_of(const Rows& rows, const Tensor& tensor, int64_t row) {
     return tensor.at<T>(row / rows.groups, row % rows.groups * rows.channels);
 }
 
+// What memory is to bring while sums are taken of what is in the cache mostly: what results will replace, for it would
+// otherwise be waited for when they are written, with the next rows. Or x, which is fetched anyway: where results
+// bypass the cache, and for short planes, whose next ones' results that would be.
+template <class T>
+inline const T* fetched_with(const T* x, const T* result, const Rows& rows, bool streaming) {
+    const bool is_short = rows.layout == Rows::Layout::planes && rows.row_size() * int64_t(sizeof(T)) <= bytes_ahead;
+    return streaming || is_short ? x : result;
+}
+
 template <class T>
 Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
     const T* x = start_of<const T>(call.rows, call.x, row);
+    const T* fetched = fetched_with(x, start_of<const T>(call.rows, call.y, row), call.rows, call.streaming);
+    const int64_t distance = fetched == x ? call.x.channel : call.y.channel;
     auto runs = [&](auto f) __attribute__((always_inline)) {
-        blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length)
-                                   __attribute__((always_inline)) { f(x + run * call.x.channel + i, length); });
+        blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
+            f(x + run * call.x.channel + i, length, fetched + run * distance + i);
+        });
     };
     return call.mean ? moments_of<T>(runs) : squares_of<T>(runs);
 }

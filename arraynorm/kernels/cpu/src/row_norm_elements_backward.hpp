@@ -50,13 +50,15 @@ struct ElementsBackward {
     Sums part_sums(int64_t sample, int64_t group, int64_t part) const {
         const int64_t row = sample * rows.groups + group, column = group * rows.channels;
         const T *dy = call.dy.at<const T>(sample, column), *x = call.x.at<const T>(sample, column);
+        const T* fetched = fetched_with(x, call.dx.at<const T>(sample, column), rows, call.streaming);
         const double mean = mean_of(call.mean, row);
         return gradient_sums<E>(
             blocks, part, mean, weight.tame() && is_tame<E>(mean, call.rstd[row]), [&](auto f, int64_t, int64_t i) {
                 const auto* w = weight_of<decltype(f)>(column) + i;
-                return Gradients{dy + i, x + i, [=](auto dy, int64_t j, auto count) __attribute__((always_inline)) {
-                                     return dy * load<decltype(f)>(w + j, count);
-                                 }};
+                return Gradients{dy + i, x + i,
+                                 [=](auto dy, int64_t j, auto count)
+                                     __attribute__((always_inline)) { return dy * load<decltype(f)>(w + j, count); },
+                                 fetched + i};
             });
     }
 

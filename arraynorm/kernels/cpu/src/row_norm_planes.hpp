@@ -56,10 +56,12 @@ Sums channel_part_sums(const RowNormBackward& call, const Blocks& blocks, int64_
                        int64_t part) {
     using E = Computation<T>;
     const T *dy = call.dy.at<const T>(sample, channel), *x = call.x.at<const T>(sample, channel);
+    const T* fetched = fetched_with(x, call.dx.at<const T>(sample, channel), call.rows, call.streaming);
     return gradient_sums<E>(
         blocks, part, call.mean[row], is_tame<E>(call.mean[row], call.rstd[row]), [=](auto, int64_t, int64_t i) {
             return Gradients{dy + i, x + i,
-                             InAnyOrder{[](auto dy, int64_t, auto) __attribute__((always_inline)) { return dy; }}};
+                             InAnyOrder{[](auto dy, int64_t, auto) __attribute__((always_inline)) { return dy; }},
+                             fetched + i};
         });
 }
 

@@ -160,18 +160,19 @@ struct Moments {
     }
 };
 
-// Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length) for each.
+// Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length, fetched...) for each,
+// where what else memory is to bring meanwhile may be named.
 template <class E, class T, class Runs>
 [[gnu::flatten]] Sums sums_about(E pivot, const Runs& runs) {
     const Pack<E> k(pivot);
     Accumulators sums;
-    runs([&](const T* x, int64_t n) __attribute__((always_inline)) {
+    runs([&](const T* x, int64_t n, const auto*... fetched) __attribute__((always_inline)) {
         sums.run(n, InAnyOrder{[=](int64_t i, auto count) __attribute__((always_inline)) {
                      // of the deviations, for a pivot that T can't hold
                      const Pack<E> d = first_of(load<E>(x + i, count) - k, count);
                      return Terms{d, d, d};
                  }},
-                 x);
+                 x, fetched...);
     });
     return sums.total();
 }
@@ -242,7 +243,7 @@ template <class T, class E = Computation<T>, class Runs>
 inline Moments moments_of(const Runs& runs) {
     const T* first = nullptr;
     int64_t n = 0, first_length = 0;
-    runs([&](const T* run, int64_t length) {
+    runs([&](const T* run, int64_t length, const auto*...) {
         if (!first) first = run, first_length = length;
         n += length;
     });
