@@ -91,7 +91,8 @@ Gradients(const T*, const T*, Gate) -> Gradients<T, Gate>;
 template <class T, class Gate>
 Gradients(const T*, const T*, Gate, const T*) -> Gradients<T, Gate, const T*>;
 
-template <class E, class Open>
+// As below.
+template <class E, bool centered = true, class Open>
 [[gnu::flatten]] Sums gradient_sums_in(const Blocks& blocks, int64_t part, double set_mean, const Open& open) {
     const Mean<E> mean(set_mean);
     const Pack<E> pivot(mean.rounded);
@@ -100,7 +101,8 @@ template <class E, class Open>
         const auto from = open(E{}, run, i);
         auto terms = [=](int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> g = from.template gated<E>(j, count);
-            return Terms{g, g, first_of(load<E>(from.x + j, count) - pivot, count)};
+            const Pack<E> x = load<E>(from.x + j, count);
+            return Terms{g, g, first_of(centered ? x - pivot : x, count)};
         };
         constexpr bool in_any_order = is_in_any_order<decltype(from.gate)>;
         const std::conditional_t<in_any_order, InAnyOrder<decltype(terms)>, decltype(terms)> ordered{terms};
@@ -114,15 +116,15 @@ template <class E, class Open>
     return sums;
 }
 
-// Sums of g and of g * (x - mean) over a part of a set; open(e, run, i) gives the Gradients, in e's type, from element
-// i of a run. In E where it is `tame` and the sums are what they should be, else in double.
-template <class E, class Open>
+// Sums of g and of g * (x - mean), not `centered` of g * x, over a part of a set; open(e, run, i) gives the Gradients,
+// in e's type, from element i of a run. In E where it is `tame` and the sums are what they should be, else in double.
+template <class E, bool centered = true, class Open>
 inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool tame, const Open& open) {
     if (tame) {
-        const Sums sums = gradient_sums_in<E>(blocks, part, mean, open);
+        const Sums sums = gradient_sums_in<E, centered>(blocks, part, mean, open);
         if (is_representable<E>(sums)) return sums;
     }
-    return gradient_sums_in<double>(blocks, part, mean, open);
+    return gradient_sums_in<double, centered>(blocks, part, mean, open);
 }
 
 // Reduces every set, and then writes it. Few sets are shared out in parts, by the same arithmetic.

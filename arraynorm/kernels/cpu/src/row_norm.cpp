@@ -10,7 +10,8 @@ void row_norm_forward(const RowNormForward& call) {
     with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
         switch (call.rows.layout) {
-            case Rows::Layout::elements: return forward_elements<T>(call);
+            case Rows::Layout::elements:
+                return call.mean ? forward_elements<T, true>(call) : forward_elements<T, false>(call);
             case Rows::Layout::planes: return forward_planes<T>(call);
             case Rows::Layout::columns: return forward_columns<T>(call);
         }
@@ -21,7 +22,8 @@ void row_norm_backward(const RowNormBackward& call) {
     with_type(call.dtype, [&](auto type) {
         using T = decltype(type);
         switch (call.rows.layout) {
-            case Rows::Layout::elements: return backward_elements<T>(call);
+            case Rows::Layout::elements:
+                return call.mean ? backward_elements<T, true>(call) : backward_elements<T, false>(call);
             case Rows::Layout::planes: return backward_planes<T>(call);
             case Rows::Layout::columns: return backward_columns<T>(call);
         }

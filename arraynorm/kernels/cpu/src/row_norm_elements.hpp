@@ -84,7 +84,8 @@ struct Affine {
 inline constexpr int64_t segment = 512;
 
 // The elements [first, first + length) of a row. `ahead` is the distance to a row that this thread reads later, or 0.
-template <class T, class E>
+// RMS norm is not `centered`: it has no mean, and no bias.
+template <class T, class E, bool centered>
 [[gnu::flatten]] void write_elements(const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first,
                                      int64_t length, int64_t ahead) {
     const int64_t column = (call.rows.groups == 1 ? 0 : row % call.rows.groups) * call.rows.channels + first;
@@ -95,12 +96,13 @@ template <class T, class E>
     const Mean<E> mean(mean_of(call.mean, row));
     const Pack<E> pivot(mean.rounded), rstd(E(call.rstd[row])), shift(E(mean.constant(call.rstd[row], 0)));
     write_run(y, length, call.streaming, next, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
+        if constexpr (!centered) return load<E>(x + j, count) * rstd * load<E>(weight + j, count);
         const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
         return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
     });
 }
 
-template <class T>
+template <class T, bool centered>
 void forward_elements(const RowNormForward& call) {
     using E = Computation<T>;
     const Rows& rows = call.rows;
@@ -116,9 +118,9 @@ void forward_elements(const RowNormForward& call) {
     };
     auto write = [&](int64_t row, int64_t first, int64_t length, int64_t ahead) {
         if (affine.tame() && is_tame<E>(mean_of(call.mean, row), call.rstd[row]))
-            write_elements<T, E>(call, affine, row, first, length, ahead);
+            write_elements<T, E, centered>(call, affine, row, first, length, ahead);
         else
-            write_elements<T, double>(call, exact.made_of(call), row, first, length, ahead);
+            write_elements<T, double, centered>(call, exact.made_of(call), row, first, length, ahead);
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1) {  // rows too long for what follows

@@ -25,7 +25,8 @@ struct Sharing {
     }
 };
 
-template <class T>
+// RMS norm is not `centered`: it has no mean, and no bias.
+template <class T, bool centered>
 struct ElementsBackward {
     using E = Computation<T>;
     const RowNormBackward& call;
@@ -52,7 +53,7 @@ struct ElementsBackward {
         const T *dy = call.dy.at<const T>(sample, column), *x = call.x.at<const T>(sample, column);
         const T* fetched = fetched_with(x, call.dx.at<const T>(sample, column), rows, call.streaming);
         const double mean = mean_of(call.mean, row);
-        return gradient_sums<E>(
+        return gradient_sums<E, centered>(
             blocks, part, mean, weight.tame() && is_tame<E>(mean, call.rstd[row]), [&](auto f, int64_t, int64_t i) {
                 const auto* w = weight_of<decltype(f)>(column) + i;
                 return Gradients{dy + i, x + i,
@@ -91,6 +92,7 @@ struct ElementsBackward {
 
         template <class Count>
         [[gnu::always_inline]] Pack<F> x_hat(int64_t i, Count count) const {
+            if constexpr (!centered) return load<F>(x + i, count) * rstd;
             return fma(load<F>(x + i, count) - pivot, rstd, shift);
         }
         template <class Count>
@@ -118,7 +120,7 @@ struct ElementsBackward {
                 const int64_t i = j + p * lanes;
                 const Pack<F> dy = load<F>(row.dy + i, count), x_hat = row.x_hat(i, count);
                 a[p] = fma(dy, x_hat, a[p]);
-                b[p] = b[p] + dy;
+                if constexpr (centered) b[p] = b[p] + dy;
                 if constexpr (order == Order::by_row) continue;
                 const Pack<F> dx = row.gradient(dy, x_hat, weight + i, count);
                 if constexpr (order == Order::together_streaming && std::is_same_v<Count, Full>)
@@ -130,7 +132,7 @@ struct ElementsBackward {
         for (int p = 0; p < packs; ++p) {
             const int64_t i = j + p * lanes;
             store(dweight + i, load<double>(dweight + i, count) + widened(a[p]), count);
-            store(dbias + i, load<double>(dbias + i, count) + widened(b[p]), count);
+            if constexpr (centered) store(dbias + i, load<double>(dbias + i, count) + widened(b[p]), count);
         }
     }
 
@@ -254,10 +256,10 @@ struct ElementsBackward {
     int64_t bytes() const { return 3 * rows.elements() * sizeof(T); }
 };
 
-template <class T>
+template <class T, bool centered>
 void backward_elements(const RowNormBackward& call) {
     const Sharing sharing(call.rows);
-    const ElementsBackward<T> backward(call);
+    const ElementsBackward<T, centered> backward(call);
     if (sharing.kind == Sharing::by_groups)
         backward.by_groups();
     else if (sharing.kind == Sharing::by_pieces)

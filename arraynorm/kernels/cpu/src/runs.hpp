@@ -161,15 +161,15 @@ struct Moments {
 };
 
 // Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length, fetched...) for each,
-// where what else memory is to bring meanwhile may be named.
-template <class E, class T, class Runs>
+// where what else memory is to bring meanwhile may be named. Not `centered`, of x and x^2.
+template <class E, class T, bool centered = true, class Runs>
 [[gnu::flatten]] Sums sums_about(E pivot, const Runs& runs) {
     const Pack<E> k(pivot);
     Accumulators sums;
     runs([&](const T* x, int64_t n, const auto*... fetched) __attribute__((always_inline)) {
         sums.run(n, InAnyOrder{[=](int64_t i, auto count) __attribute__((always_inline)) {
                      // of the deviations, for a pivot that T can't hold
-                     const Pack<E> d = first_of(load<E>(x + i, count) - k, count);
+                     const Pack<E> value = load<E>(x + i, count), d = first_of(centered ? value - k : value, count);
                      return Terms{d, d, d};
                  }},
                  x, fetched...);
