@@ -142,16 +142,23 @@ class RepeatedNumbers {
 public:
     RepeatedNumbers(PyArrayObject* array, PyArrayObject* x, int64_t repeat) : own_(array, x), values_(own_.values()) {
         if (!array || repeat == 1) return;
-        repeated_.resize(PyArray_SIZE(array) * repeat);
-        for (size_t i = 0; i < repeated_.size(); ++i) repeated_[i] = own_.values()[int64_t(i) / repeat];
-        values_ = repeated_.data();
+        values_.floats ? fill(floats_, values_.floats, PyArray_SIZE(array), repeat)
+                       : fill(doubles_, values_.doubles, PyArray_SIZE(array), repeat);
     }
     RepeatedNumbers(const RepeatedNumbers&) = delete;
     const Parameter& values() const { return values_; }
 
 private:
+    template <class V>
+    void fill(std::unique_ptr<V[]>& all, const V* each, npy_intp size, int64_t repeat) {
+        all.reset(new V[size * repeat]);
+        for (npy_intp c = 0; c < size; ++c) std::fill_n(all.get() + c * repeat, repeat, each[c]);
+        values_ = all.get();
+    }
+
     Numbers own_;
-    std::vector<double> repeated_;
+    std::unique_ptr<float[]> floats_;
+    std::unique_ptr<double[]> doubles_;
     Parameter values_;
 };
 
@@ -227,7 +234,9 @@ PyObject* backward(PyObject* dy_argument, PyObject* x_argument, PyObject* weight
     }
     auto of_channels = [&](const std::vector<double>& values) {
         std::vector<double> sums(values.size() / repeat);
-        for (size_t i = 0; i < values.size(); ++i) sums[i / repeat] += values[i];
+        const double* next = values.data();
+        for (double& sum : sums)
+            for (int64_t i = 0; i < repeat; ++i) sum += *next++;
         return sums;
     };
     const bool wide = is_double(x) || is_double(weight) || is_double(bias);

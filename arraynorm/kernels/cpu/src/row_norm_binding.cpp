@@ -92,7 +92,9 @@ Ref new_gradient(const std::vector<double>& values, npy_intp size, int64_t repea
     double* data;
     Ref gradient = new_vector(size, data);
     std::fill(data, data + size, 0.0);
-    for (size_t i = 0; i < values.size(); ++i) data[i / repeat] += values[i];
+    const double* next = values.data();
+    for (npy_intp c = 0; c < size; ++c)
+        for (int64_t i = 0; i < repeat; ++i) data[c] += *next++;
     return gradient;
 }
 
