@@ -132,12 +132,12 @@ void forward_planes(const BatchNormForward& call) {
         v.c, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
-        [&](int64_t c, int64_t part, bool more) {
+        [&](int64_t c, int64_t part, int64_t ahead) {
             SharedBytes ends;
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const ForwardPlane<T, decltype(e)> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, more ? call.x.at<const T>(n, c + 1) + i : nullptr, ends);
+                    plane.write(n, i, length, ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr, ends);
                 });
             });
         });
@@ -263,12 +263,12 @@ void backward_planes(const BatchNormBackward& call) {
         v.c, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
         [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
-        [&](int64_t c, int64_t part, bool more) {
+        [&](int64_t c, int64_t part, int64_t ahead) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const BackwardPlane<T, decltype(e), Mask> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, more ? call.dy.at<const T>(n, c + 1) + i : nullptr,
-                                more ? call.x.at<const T>(n, c + 1) + i : nullptr);
+                    plane.write(n, i, length, ahead ? call.dy.at<const T>(n, c + ahead) + i : nullptr,
+                                ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr);
                 });
             });
         });

@@ -127,24 +127,40 @@ inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool 
     return gradient_sums_in<double, centered>(blocks, part, mean, open);
 }
 
+// Sets that are reduced one after the other before the first of them is written: of small ones several, for the
+// divisions and the root of one wait for its sums, not for those of others.
+inline constexpr int64_t most_in_bundle = 8;
+inline int64_t bundle_of(int64_t bytes_each) {
+    return std::clamp<int64_t>(8192 / std::max<int64_t>(1, bytes_each), 1, most_in_bundle);
+}
+
 // Reduces every set, and then writes it. Few sets are shared out in parts, by the same arithmetic.
 //
-// reduce(set, part) gives what is added up; keep(set, sum) is told the whole set's; write(set, part, more) writes, with
-// `more` where this thread goes on to the next set, and that has room in the cache beside this one.
+// reduce(set, part) gives what is added up; keep(set, sum) is told the whole set's; write(set, part, ahead) writes,
+// with the number of sets to that which this thread does later, or 0 where that has no room in the cache beside this
+// one.
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, Reduce reduce, Keep keep, Write write) {
     const int64_t threads = num_threads();
     if (threads == 1 || parts == 1 || sets >= 4 * threads) {
-        const int64_t group = std::max<int64_t>(1, sets / (8 * threads));
-        const bool has_room = bytes / std::max<int64_t>(1, sets) <= (int64_t(2) << 20);
+        const int64_t group = std::max<int64_t>(1, sets / (8 * threads)),
+                      bytes_each = bytes / std::max<int64_t>(1, sets);
+        const bool has_room = bytes_each <= (int64_t(2) << 20);
+        const int64_t bundle = bundle_of(bytes_each);
         parallel_for((sets + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(sets, (item + 1) * group);
-            for (int64_t set = item * group; set < end; ++set) {
-                Sum sum{};
-                for (int64_t part = 0; part < parts; ++part) sum.add(reduce(set, part));
-                keep(set, sum);
+            Sum sums[most_in_bundle];
+            for (int64_t first = item * group; first < end; first += bundle) {
+                const int64_t number = std::min(bundle, end - first);
+                for (int64_t k = 0; k < number; ++k) {
+                    sums[k] = {};
+                    for (int64_t part = 0; part < parts; ++part) sums[k].add(reduce(first + k, part));
+                }
+                for (int64_t k = 0; k < number; ++k) keep(first + k, sums[k]);
                 // what was read last first: of a large set only that is still in the cache
-                for (int64_t part = parts - 1; writes && part >= 0; --part) write(set, part, has_room && set + 1 < end);
+                for (int64_t k = 0; writes && k < number; ++k)
+                    for (int64_t part = parts - 1; part >= 0; --part)
+                        write(first + k, part, has_room && first + k + bundle < end ? bundle : 0);
             }
             finish_streaming();  // not after every set: it waits for memory
         });
@@ -159,7 +175,7 @@ inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, R
     }
     if (!writes) return;
     parallel_for(sets * parts, bytes, [&](int64_t i) {
-        write(i / parts, i % parts, false);
+        write(i / parts, i % parts, 0);
         finish_streaming();
     });
 }

@@ -125,9 +125,8 @@ void forward_elements(const RowNormForward& call) {
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1) {  // rows too long for what follows
         over_sets<Moments>(
-            rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, bool more) {
-                blocks.pieces_of(part,
-                                 [&](int64_t, int64_t i, int64_t length) { write(row, i, length, more ? 1 : 0); });
+            rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, int64_t ahead) {
+                blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, ahead); });
             });
         return;
     }

@@ -11,19 +11,19 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 template <class T, class E>
 [[gnu::flatten]] void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part,
-                                   bool more) {
+                                   int64_t ahead) {
     const int64_t first = row % call.rows.groups * call.rows.channels;
     const T* row_x = start_of<const T>(call.rows, call.x, row);
-    const T* next = more ? start_of<const T>(call.rows, call.x, row + 1) : nullptr;
+    const T* next_x = ahead ? start_of<const T>(call.rows, call.x, row + ahead) : nullptr;
     T* row_y = start_of<T>(call.rows, call.y, row);
     const Mean<E> mean(call.mean[row]);
     const Pack<E> pivot(mean.rounded);
     blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) {
-        const T *x = row_x + run * call.x.channel + i, *ahead = next ? next + run * call.x.channel + i : nullptr;
+        const T *x = row_x + run * call.x.channel + i, *next = next_x ? next_x + run * call.x.channel + i : nullptr;
         const double of_x = call.rstd[row] * call.weight.value_or(first + run, 1);
         const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, call.bias.value_or(first + run, 0))));
         write_run(
-            row_y + run * call.y.channel + i, length, call.streaming, ahead,
+            row_y + run * call.y.channel + i, length, call.streaming, next,
             InAnyOrder{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
     });
 }
@@ -43,8 +43,8 @@ void forward_planes(const RowNormForward& call) {
         rows.count(), blocks.parts(), 2 * rows.elements() * sizeof(T), true,
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
-        [&](int64_t row, int64_t part, bool more) {
-            computed<E>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, more); });
+        [&](int64_t row, int64_t part, int64_t ahead) {
+            computed<E>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, ahead); });
         });
 }
 
@@ -108,16 +108,26 @@ void backward_planes(const RowNormBackward& call) {
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
         const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));
+        const int64_t bundle = bundle_of(bytes / std::max<int64_t>(1, rows.count()));
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(rows.count(), (item + 1) * group);
-            for (int64_t row = item * group; row < end; ++row) {
-                const int64_t sample = row / rows.groups, first = row % rows.groups * rows.channels;
-                for (int64_t c = first; c < first + rows.channels; ++c)
-                    for (int64_t part = 0; part < parts; ++part)
+            for (int64_t first = item * group; first < end; first += bundle) {
+                const int64_t last = std::min(end, first + bundle);
+                // f(row, sample, channel, part) for those of a row
+                auto parts_of = [&](int64_t row, auto f) __attribute__((always_inline)) {
+                    const int64_t sample = row / rows.groups, channel = row % rows.groups * rows.channels;
+                    for (int64_t c = channel; c < channel + rows.channels; ++c)
+                        for (int64_t part = 0; part < parts; ++part) f(sample, c, part);
+                };
+                for (int64_t row = first; row < last; ++row)
+                    parts_of(row, [&](int64_t sample, int64_t c, int64_t part) {
                         sums.of(sample, c).add(channel_part_sums<T>(call, blocks, row, sample, c, part));
-                sums.keep(row);
-                for (int64_t c = first; c < first + rows.channels; ++c)
-                    for (int64_t part = 0; part < parts; ++part) write(sample, c, part, row + 1 < end);
+                    });
+                for (int64_t row = first; row < last; ++row) sums.keep(row);
+                for (int64_t row = first; row < last; ++row)
+                    parts_of(row, [&](int64_t sample, int64_t c, int64_t part) {
+                        write(sample, c, part, row + bundle < end ? bundle : 0);
+                    });
             }
             if (call.streaming) finish_streaming();
         });
