@@ -296,15 +296,18 @@ def batch_norm_add_relu_frozen_backward(
     function = "batch_norm_add_relu_frozen_backward"
     _check.cache_of(function, cache, FrozenBatchNormAddReluCache)
     x, weight, bias, has_addend, mean, rstd, mask, axis = cache
+    kernel = kernels.batch_norm_add_relu_frozen_backward_apply
+    if out is None:
+        made = kernel.direct(dy, x, weight, bias, has_addend, mean, rstd, mask, axis)
+        if made is not None:
+            return AddReluGradients(*made)
     out, out_addend = _check_backward(function, dy, cache, out)
     shape = _array.channel_view(x.shape, axis)
     xp = _array.array_namespace(x)
     dy3, x3 = xp.reshape(dy, shape), xp.reshape(x, shape)
     sums = kernels.batch_norm_add_relu_backward_reduce(dy3, mask, x3, mean, rstd)
     view, view_addend = _array.out_view(out, shape), _array.out_view(out_addend, shape)
-    dx, daddend = kernels.batch_norm_add_relu_frozen_backward_apply(
-        dy3, mask, x3, rstd, weight, has_addend, view, view_addend
-    )
+    dx, daddend = kernel(dy3, mask, x3, rstd, weight, has_addend, view, view_addend)
     return AddReluGradients(
         _array.deliver(dx, x.shape, out, view),
         None if daddend is None else _array.deliver(daddend, x.shape, out_addend, view_addend),

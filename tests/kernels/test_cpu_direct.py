@@ -43,6 +43,17 @@ def add_relu_backward(a: Arrays, **options: Any) -> Any:
     return an.batch_norm_add_relu_backward(a["dy"], cache)
 
 
+def frozen_backward(a: Arrays) -> Any:
+    _, cache = an.batch_norm_frozen_forward(a["x"], a["mean"], a["var"], a["weight"], a["bias"])
+    return an.batch_norm_frozen_backward(a["dy"], cache)
+
+
+def add_relu_frozen_backward(a: Arrays, with_addend: bool = True) -> Any:
+    given = (a["mean"], a["var"], a["weight"], a["bias"])
+    _, cache = an.batch_norm_add_relu_frozen_forward(a["x"], a["addend"] if with_addend else None, *given)
+    return an.batch_norm_add_relu_frozen_backward(a["dy"], cache)
+
+
 CALLS: dict[str, tuple[Any, Call]] = {
     "batch_norm_forward": (
         batch_norm.batch_norm_forward,
@@ -56,6 +67,15 @@ CALLS: dict[str, tuple[Any, Call]] = {
     "batch_norm_frozen_forward, eps = 0": (
         batch_norm.batch_norm_apply,
         lambda a: an.batch_norm_frozen_forward(a["x"], a["mean"], a["var"], a["weight"], eps=0.0),
+    ),
+    "batch_norm_frozen_backward": (batch_norm.batch_norm_frozen_backward_apply, frozen_backward),
+    "batch_norm_add_relu_frozen_backward": (
+        batch_norm_add_relu.batch_norm_add_relu_frozen_backward_apply,
+        add_relu_frozen_backward,
+    ),
+    "batch_norm_add_relu_frozen_backward, no addend": (
+        batch_norm_add_relu.batch_norm_add_relu_frozen_backward_apply,
+        lambda a: add_relu_frozen_backward(a, with_addend=False),
     ),
     "batch_norm_add_relu_forward": (
         batch_norm_add_relu.batch_norm_add_relu_forward,

@@ -122,8 +122,9 @@ PyObject* batch_norm_add_relu_apply(Arguments a) {
 
 // -- backward -------------------------------------------------------------------------------------------------
 
+// Without var: of given statistics, which do not depend on x.
 struct BackwardArguments {
-    PyObject *dy, *mask = nullptr, *x, *weight, *bias, *mean, *var, *rstd, *axis, *out = Py_None;
+    PyObject *dy, *mask = nullptr, *x, *weight, *bias, *mean, *var = nullptr, *rstd, *axis, *out = Py_None;
     bool with_addend = false;
 };
 
@@ -133,12 +134,13 @@ struct BackwardResult {
 
 BackwardResult backward(const BackwardArguments& a) {
     PyArrayObject *x = plain_array(a.x), *dy = plain_like(a.dy, x);
-    const Channels channels = channels_of(x, a.axis, 2);
+    const bool is_frozen = !a.var;
+    const Channels channels = channels_of(x, a.axis, is_frozen ? 1 : 2);
     PyArrayObject *weight = plain_parameter(a.weight, x, channels.axis, 1),
                   *bias = plain_parameter(a.bias, x, channels.axis, 1);
     const Numbers weights(weight, x);
-    std::vector<double> dweight(channels.number), dbias(channels.number), mean_dy(channels.number),
-        mean_dy_x_hat(channels.number);
+    std::vector<double> dweight(channels.number), dbias(channels.number), mean_dy(is_frozen ? 0 : channels.number),
+        mean_dy_x_hat(mean_dy.size());
     BatchNormBackward call{};
     call.dtype = *dtype_of(x);
     call.volume = channels.volume;
@@ -146,12 +148,12 @@ BackwardResult backward(const BackwardArguments& a) {
     call.x = channels.tensor(x);
     call.weight = weights.values();
     call.mean = plain_statistic(a.mean, channels.number, x);
-    plain_statistic(a.var, channels.number, x);  // of use to nobody here, but not to be written over
+    if (a.var) plain_statistic(a.var, channels.number, x);  // of use to nobody here, but not to be written over
     call.rstd = plain_statistic(a.rstd, channels.number, x);
     if (a.mask) call.mask = plain_bits(a.mask, PyArray_SIZE(x));
     BackwardResult result;
-    result.dx =
-        output(a.out, x, {PyArray_DATA(x), PyArray_DATA(dy)}, {a.dy, a.x, a.weight, a.bias, a.mean, a.var, a.rstd});
+    result.dx = output(a.out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
+                       {a.dy, a.x, a.weight, a.bias, a.mean, given_or_none(a.var), a.rstd});
     call.dx = channels.tensor(result.dx.array());
     if (a.with_addend) {
         const std::vector<const void*> beside{PyArray_DATA(x), PyArray_DATA(dy), PyArray_DATA(result.dx.array())};
@@ -161,7 +163,7 @@ BackwardResult backward(const BackwardArguments& a) {
         result.daddend = Ref(none());
     }
     call.dbias = dbias.data(), call.dweight = dweight.data();
-    call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
+    if (!is_frozen) call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
     call.reduces = call.writes = true;
     call.streaming = exceeds_cache(3 * PyArray_NBYTES(x));
     {
@@ -186,6 +188,36 @@ PyObject* batch_norm_backward(Arguments a) {
                                      .axis = a[7],
                                      .out = a[8]});
         return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
+    });
+}
+
+PyObject* batch_norm_frozen_backward(Arguments a) {
+    return or_none([&] {
+        BackwardResult r = backward({.dy = a[0],
+                                     .x = a[1],
+                                     .weight = a[2],
+                                     .bias = a[3],
+                                     .mean = a[4],
+                                     .rstd = a[5],
+                                     .axis = a[6],
+                                     .out = a[7]});
+        return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
+    });
+}
+
+PyObject* batch_norm_add_relu_frozen_backward(Arguments a) {
+    return or_none([&] {
+        require(PyBool_Check(a[4]));
+        BackwardResult r = backward({.dy = a[0],
+                                     .mask = a[7],
+                                     .x = a[1],
+                                     .weight = a[2],
+                                     .bias = a[3],
+                                     .mean = a[5],
+                                     .rstd = a[6],
+                                     .axis = a[8],
+                                     .with_addend = a[4] == Py_True});
+        return tuple({r.dx.release(), r.daddend.release(), r.dweight.release(), r.dbias.release()});
     });
 }
 
@@ -220,6 +252,12 @@ PyMethodDef direct_batch_norm_methods[] = {
     function<10, batch_norm_add_relu_backward>(
         "direct_batch_norm_add_relu_backward",
         DIRECT_DOC("dy, x, weight, bias, has_addend, mean, var, rstd, mask, axis")),
+    // the whole backward of given statistics, of which their kernel is the last step
+    function<8, batch_norm_frozen_backward>("direct_batch_norm_frozen_backward_apply",
+                                            DIRECT_DOC("dy, x, weight, bias, mean, rstd, axis, out")),
+    function<9, batch_norm_add_relu_frozen_backward>(
+        "direct_batch_norm_add_relu_frozen_backward_apply",
+        DIRECT_DOC("dy, x, weight, bias, has_addend, mean, rstd, mask, axis")),
     {},
 };
 
