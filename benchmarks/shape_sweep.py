@@ -166,8 +166,9 @@ def _reason(point: Point, nanoseconds: float) -> str:
     if point.norm not in _ROWS and run < SHORT:
         runs = math.prod(point.shape) // run
         return f"runs of {run}: {nanoseconds / runs:.0f} ns for each"
-    if point.norm in _ROWS and point.shape[0] == 1:
-        return "parameters as large as x are read and checked; backward, their gradients are summed in double"
+    if point.norm in _ROWS and (rows := point.shape[0]) <= 4:
+        of_x = "as large as x" if rows == 1 else f"a {('half', 'third', 'quarter')[rows - 2]} of x"
+        return f"parameters {of_x} are read and checked; backward, their gradients are summed in double"
     return ""
 
 

@@ -5,6 +5,8 @@
 // large for that cache and their runs short.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "batch_norm.hpp"
@@ -37,6 +39,7 @@ inline std::vector<Sums> sums_by_samples(const Volume& v, int64_t bytes, OfRun o
     parallel_for(blocks, bytes, [&](int64_t block) {
         for (int64_t n = v.n * block / blocks; n < v.n * (block + 1) / blocks; ++n)
             for (int64_t c = 0; c < v.c; ++c) sums[block * v.c + c].add(of_run(n, c));
+        finish_streaming();  // of what is written with them
     });
     for (int64_t block = 1; block < blocks; ++block)
         for (int64_t c = 0; c < v.c; ++c) sums[c].add(sums[block * v.c + c]);
@@ -163,30 +166,6 @@ Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, i
     });
 }
 
-template <class T, class Mask>
-void keep_sums_by_samples(const BatchNormBackward& call, int64_t bytes) {
-    using E = Computation<T>;
-    const Volume& v = call.volume;
-    const Blocks run(1, v.s), all(v.n, v.s);
-    auto tame = [&](int64_t c) { return is_tame<E>(call.mean[c], call.rstd[c]); };
-    const std::vector<Sums> sums = sums_by_samples(v, bytes, [&](int64_t n, int64_t c) {
-        if (!tame(c)) return Sums{};
-        return gradient_sums_in<E>(run, 0, call.mean[c],
-                                   [&](auto, int64_t, int64_t i) { return gradients<T, Mask>(call, n, c, i); });
-    });
-    parallel_for(v.c, bytes, [&](int64_t c) {
-        Sums found = sums[c];
-        if (!tame(c) || !is_representable<E>(found)) {
-            found = {};
-            for (int64_t part = 0; part < all.parts(); ++part)
-                found.add(gradient_sums_in<double>(all, part, call.mean[c], [&](auto, int64_t n, int64_t i) {
-                    return gradients<T, Mask>(call, n, c, i);
-                }));
-        }
-        keep_sums(call, c, found);
-    });
-}
-
 // The map of one channel, in E.
 template <class T, class E, class Mask>
 struct BackwardPlane {
@@ -240,38 +219,92 @@ struct BackwardPlane {
     }
 };
 
+// Whether a run's dx is written as soon as its sums are taken: of given statistics it does not depend on the sums of
+// other runs. So dy comes from memory once. (From a cache it comes twice as fast as results go to memory.) Sums out of
+// float's range are taken again, so nothing that they are made of may be written over.
+inline bool is_written_at_once(const BatchNormBackward& call) {
+    const void *dy = call.dy.data, *x = call.x.data, *results[] = {call.dx.data, call.daddend.data};
+    return call.writes && !call.mean_dy && call.streaming &&
+           std::none_of(std::begin(results), std::end(results),
+                        [=](const void* result) { return result == dy || result == x; });
+}
+
+template <class T, class Mask>
+void keep_sums_by_samples(const BatchNormBackward& call, int64_t bytes) {
+    using E = Computation<T>;
+    const Volume& v = call.volume;
+    const Blocks run(1, v.s), all(v.n, v.s);
+    const bool at_once = is_written_at_once(call);
+    auto tame = [&](int64_t c) { return is_tame<E>(call.mean[c], call.rstd[c]); };
+    const std::vector<Sums> sums = sums_by_samples(v, bytes, [&](int64_t n, int64_t c) {
+        Sums of_run;
+        if (tame(c))
+            of_run = gradient_sums_in<E>(run, 0, call.mean[c],
+                                         [&](auto, int64_t, int64_t i) { return gradients<T, Mask>(call, n, c, i); });
+        if (at_once)
+            computed<MapType<T>>(is_tame<MapType<T>>(call, c), [&](auto e) {
+                // what is not far ahead has been fetched for the sums
+                const T* next = v.s * int64_t(sizeof(T)) > bytes_ahead ? call.dy.at<const T>(n, c + 1) : nullptr;
+                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, 0, v.s, next, nullptr);
+            });
+        return of_run;
+    });
+    parallel_for(v.c, bytes, [&](int64_t c) {
+        Sums found = sums[c];
+        if (!tame(c) || !is_representable<E>(found)) {
+            found = {};
+            for (int64_t part = 0; part < all.parts(); ++part)
+                found.add(gradient_sums_in<double>(all, part, call.mean[c], [&](auto, int64_t n, int64_t i) {
+                    return gradients<T, Mask>(call, n, c, i);
+                }));
+        }
+        keep_sums(call, c, found);
+    });
+}
+
+// Whether a channel is written while it sits in the cache. Where dx does not depend on the sums, that spares a second
+// look at dy, and costs more than that where short runs share cache lines with other channels'.
+template <class T>
+inline bool is_written_by_channels(const BatchNormBackward& call) {
+    const int64_t run = call.volume.s * int64_t(sizeof(T));
+    return call.writes && (call.mean_dy || run % 64 == 0 || run >= 4096);
+}
+
 template <class T, class Mask>
 void backward_planes(const BatchNormBackward& call) {
     using E = MapType<T>;
     const Volume& v = call.volume;
     const int64_t bytes = 3 * v.size() * sizeof(T);
-    const bool by_samples = call.reduces && are_summed_by_samples<T>(v, 2);
-    if (by_samples) keep_sums_by_samples<T, Mask>(call, bytes);
-    if (by_samples && !call.writes) return;
-    if (by_samples || !call.reduces) {
-        return over_runs(v, bytes, call.streaming, [&](auto pieces) {
-            pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
+    bool writes = call.writes;
+    if (call.reduces && are_summed_by_samples<T>(v, 2)) {
+        keep_sums_by_samples<T, Mask>(call, bytes);
+        if (is_written_at_once(call)) writes = false;
+    } else if (call.reduces) {
+        const Blocks blocks(v.n, v.s);
+        over_sets<Sums>(
+            v.c, blocks.parts(), bytes, is_written_by_channels<T>(call),
+            [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
+            [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
+            [&](int64_t c, int64_t part, int64_t ahead) {
                 computed<E>(is_tame<E>(call, c), [&](auto e) {
-                    const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-                    BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
+                    const BackwardPlane<T, decltype(e), Mask> plane(call, c);
+                    blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
+                        plane.write(n, i, length, ahead ? call.dy.at<const T>(n, c + ahead) + i : nullptr,
+                                    ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr);
+                    });
                 });
             });
-        });
+        if (is_written_by_channels<T>(call)) writes = false;
     }
-    const Blocks blocks(v.n, v.s);
-    over_sets<Sums>(
-        v.c, blocks.parts(), bytes, call.writes,
-        [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
-        [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
-        [&](int64_t c, int64_t part, int64_t ahead) {
+    if (!writes) return;
+    over_runs(v, bytes, call.streaming, [&](auto pieces) {
+        pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
-                const BackwardPlane<T, decltype(e), Mask> plane(call, c);
-                blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, ahead ? call.dy.at<const T>(n, c + ahead) + i : nullptr,
-                                ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr);
-                });
+                const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
+                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
             });
         });
+    });
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA
