@@ -324,7 +324,7 @@ def test_a_cliff_is_found_and_timed_again_beside_its_neighbour(bench: Any, monke
     assert cliff["reason"] == "sets of 16: 32 ns for each, most of it for its statistics"
 
 
-def test_only_what_is_short_is_a_reason_for_a_cliff(bench: Any) -> None:
+def test_what_is_short_or_has_few_rows_is_a_reason_for_a_cliff_and_nothing_else(bench: Any) -> None:
     sweep = bench("shape_sweep")
     reasons = {
         ("batch_norm", (1023, 2, 127)): "runs of 127: 10 ns for each",
@@ -333,6 +333,8 @@ def test_only_what_is_short_is_a_reason_for_a_cliff(bench: Any) -> None:
         ("group_norm", (4, 64, 4096)): "",
         ("layer_norm", (64, 4096, 1)): "",
         ("rms_norm", (64, 255, 1)): "sets of 255: 320 ns for each, most of it for its statistics",
+        ("layer_norm", (3, 4096, 1)): "parameters a third of x are read and checked; backward, their gradients are "
+        "summed in double",
     }
     for (norm, shape), reason in reasons.items():
         point = sweep.Point(norm, "forward", 0, (0, 0, False), shape)
