@@ -40,7 +40,7 @@ class Kernel(Generic[P, R]):
         """What a public call comes to, found in one step; or None, and then it is checked and taken step by step.
 
         Small arrays take less time than the checks in Python do. A direct function takes only calls that would pass
-        them, and gives the bits that the kernel gives.
+        them, and gives the bits that the kernel gives; for a NaN a NaN.
         """
 
     def register(self, library: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -464,9 +464,8 @@ template <int alignment = register_bytes, class T, class E>
 #endif
 }
 
-// The first n elements, 0 < n <= 8, none of them beyond the cache line that p lies in. Where the rest of that line is
-// streamed too, by this thread and soon, it goes to memory whole; an ordinary store there would first fetch it, and
-// every streamed one would wait for that.
+// The first n elements, 0 < n <= 8. Where the rest of their cache line is streamed too, by this thread and soon, it
+// goes to memory whole; an ordinary store there would first fetch it, and every streamed one would wait for that.
 template <class T, class E>
 [[gnu::always_inline]] inline void stream(T* p, Pack<E> a, int64_t n) {
 #if defined(__x86_64__)
@@ -483,7 +482,10 @@ template <class T, class E>
     if (sizeof(T) == 2 && n % 2) {
         int16_t two;
         std::memcpy(&two, all + i, sizeof two);
-        _mm_maskmoveu_si128(_mm_set1_epi16(two), _mm_setr_epi16(-1, 0, 0, 0, 0, 0, 0, 0), to + i);
+        // within 16 aligned bytes: this faults for bytes that it does not write, too, should they be another page's
+        const uintptr_t place = reinterpret_cast<uintptr_t>(to + i);
+        const __m128i chosen = _mm_cmpeq_epi16(_mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7), _mm_set1_epi16(place % 16 / 2));
+        _mm_maskmoveu_si128(_mm_set1_epi16(two), chosen, reinterpret_cast<char*>(place - place % 16));
     }
 #else
     store(p, a, n);
