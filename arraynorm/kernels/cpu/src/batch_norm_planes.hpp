@@ -220,7 +220,7 @@ struct BackwardPlane {
 };
 
 // Whether a run's dx is written as soon as its sums are taken: of given statistics it does not depend on the sums of
-// other runs. So dy comes from memory once. (From a cache it comes twice as fast as results go to memory.) Sums out of
+// other runs. So dy comes from memory once; measured where results are streamed, and done there alone. Sums out of
 // float's range are taken again, so nothing that they are made of may be written over.
 inline bool is_written_at_once(const BatchNormBackward& call) {
     const void *dy = call.dy.data, *x = call.x.data, *results[] = {call.dx.data, call.daddend.data};

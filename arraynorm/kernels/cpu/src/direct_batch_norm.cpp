@@ -124,15 +124,13 @@ PyObject* batch_norm_add_relu_apply(Arguments a) {
 
 // Without var: of given statistics, which do not depend on x.
 struct BackwardArguments {
-    PyObject *dy, *mask = nullptr, *x, *weight, *bias, *mean, *var = nullptr, *rstd, *axis, *out = Py_None;
-    bool with_addend = false;
+    PyObject *dy, *mask = nullptr, *x, *weight, *bias, *has_addend = Py_False, *mean, *var = nullptr, *rstd, *axis,
+                  *out = Py_None;
 };
 
-struct BackwardResult {
-    Ref dx, daddend, dweight, dbias;
-};
-
-BackwardResult backward(const BackwardArguments& a) {
+// dx; with a mask daddend, perhaps None; dweight and dbias.
+PyObject* backward(const BackwardArguments& a) {
+    require(PyBool_Check(a.has_addend));
     PyArrayObject *x = plain_array(a.x), *dy = plain_like(a.dy, x);
     const bool is_frozen = !a.var;
     const Channels channels = channels_of(x, a.axis, is_frozen ? 1 : 2);
@@ -151,16 +149,13 @@ BackwardResult backward(const BackwardArguments& a) {
     if (a.var) plain_statistic(a.var, channels.number, x);  // of use to nobody here, but not to be written over
     call.rstd = plain_statistic(a.rstd, channels.number, x);
     if (a.mask) call.mask = plain_bits(a.mask, PyArray_SIZE(x));
-    BackwardResult result;
-    result.dx = output(a.out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
-                       {a.dy, a.x, a.weight, a.bias, a.mean, given_or_none(a.var), a.rstd});
-    call.dx = channels.tensor(result.dx.array());
-    if (a.with_addend) {
-        const std::vector<const void*> beside{PyArray_DATA(x), PyArray_DATA(dy), PyArray_DATA(result.dx.array())};
-        result.daddend = new_like(x, PyArray_DESCR(x), beside);
-        call.daddend = channels.tensor(result.daddend.array());
-    } else if (a.mask) {
-        result.daddend = Ref(none());
+    Ref dx = output(a.out, x, {PyArray_DATA(x), PyArray_DATA(dy)},
+                    {a.dy, a.x, a.weight, a.bias, a.mean, given_or_none(a.var), a.rstd});
+    call.dx = channels.tensor(dx.array());
+    Ref daddend;
+    if (a.has_addend == Py_True) {
+        daddend = new_like(x, PyArray_DESCR(x), {PyArray_DATA(x), PyArray_DATA(dy), PyArray_DATA(dx.array())});
+        call.daddend = channels.tensor(daddend.array());
     }
     call.dbias = dbias.data(), call.dweight = dweight.data();
     if (!is_frozen) call.mean_dy = mean_dy.data(), call.mean_dy_x_hat = mean_dy_x_hat.data();
@@ -171,70 +166,64 @@ BackwardResult backward(const BackwardArguments& a) {
         kernels().batch_norm_backward(call);
     }
     const bool wide = is_double(x) || is_double(weight) || is_double(bias);
-    result.dweight = Ref(gradient(weight, dweight, wide));
-    result.dbias = Ref(gradient(bias, dbias, wide));
-    return result;
+    Ref of_weight(gradient(weight, dweight, wide)), of_bias(gradient(bias, dbias, wide));
+    if (!a.mask) return tuple({dx.release(), of_weight.release(), of_bias.release()});
+    return tuple({dx.release(), daddend ? daddend.release() : none(), of_weight.release(), of_bias.release()});
 }
 
 PyObject* batch_norm_backward(Arguments a) {
     return or_none([&] {
-        BackwardResult r = backward({.dy = a[0],
-                                     .x = a[1],
-                                     .weight = a[2],
-                                     .bias = a[3],
-                                     .mean = a[4],
-                                     .var = a[5],
-                                     .rstd = a[6],
-                                     .axis = a[7],
-                                     .out = a[8]});
-        return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
+        return backward({.dy = a[0],
+                         .x = a[1],
+                         .weight = a[2],
+                         .bias = a[3],
+                         .mean = a[4],
+                         .var = a[5],
+                         .rstd = a[6],
+                         .axis = a[7],
+                         .out = a[8]});
     });
 }
 
 PyObject* batch_norm_frozen_backward(Arguments a) {
     return or_none([&] {
-        BackwardResult r = backward({.dy = a[0],
-                                     .x = a[1],
-                                     .weight = a[2],
-                                     .bias = a[3],
-                                     .mean = a[4],
-                                     .rstd = a[5],
-                                     .axis = a[6],
-                                     .out = a[7]});
-        return tuple({r.dx.release(), r.dweight.release(), r.dbias.release()});
+        return backward({.dy = a[0],
+                         .x = a[1],
+                         .weight = a[2],
+                         .bias = a[3],
+                         .mean = a[4],
+                         .rstd = a[5],
+                         .axis = a[6],
+                         .out = a[7]});
     });
 }
 
 PyObject* batch_norm_add_relu_frozen_backward(Arguments a) {
     return or_none([&] {
-        require(PyBool_Check(a[4]));
-        BackwardResult r = backward({.dy = a[0],
-                                     .mask = a[7],
-                                     .x = a[1],
-                                     .weight = a[2],
-                                     .bias = a[3],
-                                     .mean = a[5],
-                                     .rstd = a[6],
-                                     .axis = a[8],
-                                     .with_addend = a[4] == Py_True});
-        return tuple({r.dx.release(), r.daddend.release(), r.dweight.release(), r.dbias.release()});
+        return backward({.dy = a[0],
+                         .mask = a[7],
+                         .x = a[1],
+                         .weight = a[2],
+                         .bias = a[3],
+                         .has_addend = a[4],
+                         .mean = a[5],
+                         .rstd = a[6],
+                         .axis = a[8]});
     });
 }
 
 PyObject* batch_norm_add_relu_backward(Arguments a) {
     return or_none([&] {
-        require(PyBool_Check(a[4]));
-        BackwardResult r = backward({.dy = a[0],
-                                     .mask = a[8],
-                                     .x = a[1],
-                                     .weight = a[2],
-                                     .bias = a[3],
-                                     .mean = a[5],
-                                     .var = a[6],
-                                     .rstd = a[7],
-                                     .axis = a[9],
-                                     .with_addend = a[4] == Py_True});
-        return tuple({r.dx.release(), r.daddend.release(), r.dweight.release(), r.dbias.release()});
+        return backward({.dy = a[0],
+                         .mask = a[8],
+                         .x = a[1],
+                         .weight = a[2],
+                         .bias = a[3],
+                         .has_addend = a[4],
+                         .mean = a[5],
+                         .var = a[6],
+                         .rstd = a[7],
+                         .axis = a[9]});
     });
 }
 
