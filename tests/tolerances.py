@@ -87,7 +87,7 @@ def rounding(dtype: str) -> float:
 
 def in_float32(x: Any) -> bool:
     """Whether a kernel computes in float32 on such an x, not in float64."""
-    compiled = cpu.native is not None and isinstance(x, np.ndarray) and _kernel._only.get() != "reference"
+    compiled = cpu.native is not None and isinstance(x, np.ndarray) and _kernel.allowed_paths.get() != "reference"
     return compiled and dtype_name(x) in ("float16", "bfloat16", "float32")
 
 

@@ -25,7 +25,8 @@ BACKENDS: dict[str, str] = {"numpy": "arraynorm.kernels.cpu", "cupy": "arraynorm
 """Array library -> the module that registers its specialisations, imported at the library's first kernel call."""
 
 _log = logging.getLogger("arraynorm.kernels")
-_only: ContextVar[Paths] = ContextVar("arraynorm_only", default="any")
+allowed_paths: ContextVar[Paths] = ContextVar("arraynorm_allowed_paths", default="any")
+"""What `only` sets."""
 
 
 class Kernel(Generic[P, R]):
@@ -39,8 +40,9 @@ class Kernel(Generic[P, R]):
         self.direct: Callable[..., Any] = _step_by_step
         """What a public call comes to, found in one step; or None, and then it is checked and taken step by step.
 
-        Small arrays take less time than the checks in Python do. A direct function takes only calls that would pass
-        them, and gives the bits that the kernel gives; for a NaN a NaN.
+        Small arrays take less time than the checks in Python do, and no wrapper stands before it either: it answers
+        None itself to other libraries' arrays, to calls that would not pass the checks, and under only("reference").
+        It gives the bits that the kernel gives; for a NaN a NaN.
         """
 
     def register(self, library: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,27 +55,15 @@ class Kernel(Generic[P, R]):
             ours, theirs = inspect.signature(self.reference), inspect.signature(function)
             if list(ours.parameters) != list(theirs.parameters):
                 raise TypeError(f"{function.__qualname__}{theirs} must have the signature {self.__name__}{ours}")
+            if library in self.specialised:
+                self.direct = _step_by_step  # that of the function that this one replaces
             self.specialised[library] = function
             return function
 
         return add
 
-    def register_direct(self, library: str, function: Callable[..., Any]) -> None:
-        """Let `function` do whole public calls on plain arrays, where the specialisation for `library` is in use.
-
-        It answers None to arrays of other libraries.
-        """
-        specialised, specialisation, allowed = self.specialised, self.specialised[library], _only.get
-
-        def direct(*arguments: object) -> Any:
-            if specialised[library] is not specialisation or allowed() == "reference":
-                return None
-            return function(*arguments)
-
-        self.direct = direct
-
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        allowed = _only.get()
+        allowed = allowed_paths.get()
         library = _array.library(args[0])
         _load_backend(library)
         specialisation = self.specialised.get(library)
@@ -111,8 +101,8 @@ def only(paths: Paths) -> Iterator[None]:
     """
     if paths not in get_args(Paths):
         raise ValueError(f"only: paths must be one of {get_args(Paths)}, got {paths!r}")
-    token = _only.set(paths)
+    token = allowed_paths.set(paths)
     try:
         yield
     finally:
-        _only.reset(token)
+        allowed_paths.reset(token)

@@ -69,6 +69,7 @@ def _in_cupys_place(device: _loader.Device, compile_one: Callable[[Instance], An
     replaced = {name: kernel.specialised["cupy"] for name, kernel in kernels().items() if "cupy" in kernel.specialised}
     assert {case.kernel for case in cuda.CASES} == set(replaced)
     patches = [mock.patch.dict(kernels()[name].specialised, numpy=function) for name, function in replaced.items()]
+    patches += [mock.patch.object(kernels()[name], "direct", return_value=None) for name in replaced]
     patches.append(mock.patch.object(_steps, "fresh", fresh))
     patches.append(mock.patch.multiple(_loader, compiled=compiled, properties=lambda number: device))
     patches.append(mock.patch.multiple(_loader, on_device=lambda x: nullcontext(), _device_number=lambda x: 0))

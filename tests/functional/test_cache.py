@@ -10,7 +10,7 @@ import pytest
 import arraynorm as an
 from arraynorm.kernels import Kernel, only
 from namespaces import DTYPES, NUMPY, STRICT, to_numpy
-from norms import EXAMPLES, Example, backward, draw, draw_dy, each_example, forward, kernels, to_library
+from norms import EXAMPLES, Example, backward, draw, draw_dy, each_example, forward, kernels, specialise, to_library
 
 FUSED = ["batch_norm_add_relu", "batch_norm_add_relu_frozen"]
 
@@ -151,7 +151,7 @@ def other_path(monkeypatch) -> list[str]:
         return specialisation
 
     for kernel in kernels().values():
-        monkeypatch.setitem(kernel.specialised, "numpy", noting(kernel))
+        specialise(monkeypatch, kernel, noting(kernel))
     return ran
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import arraynorm as an
+from arraynorm.kernels import cpu, only
 from arraynorm.kernels.reference import (
     batch_norm,
     batch_norm_add_relu,
@@ -196,6 +197,21 @@ def test_one_step_gives_the_bits_of_several(
     assert record == [True]
     with step_by_step(monkeypatch):
         assert_same(result, call(a))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_none_is_answered_where_the_reference_alone_may_run(name: str) -> None:
+    kernel, call = CALLS[name]
+    with only("specialised"), answered(kernel) as record:
+        call(arrays(np.float32))
+    with only("".join(["refer", "ence"])), answered(kernel) as other:  # not the interned string
+        call(arrays(np.float32))
+    assert record + other == [True, False]
+
+
+def test_the_paths_are_a_context_variables() -> None:
+    with pytest.raises(TypeError, match="set_allowed_paths: must be a ContextVar, got 'any'"):
+        cpu.native.set_allowed_paths("any")
 
 
 @pytest.mark.parametrize("axis", [0, 2, -1])

@@ -14,7 +14,7 @@ from arraynorm.kernels import cpu, only
 from compiled import needs_native
 from data import Host
 from namespaces import DTYPES, NUMPY, numpy_dtype
-from norms import GIVEN, Example, backward, bare, draw, draw_dy, forward, kernels, to_library
+from norms import GIVEN, Example, backward, bare, draw, draw_dy, forward, kernels, specialise, to_library
 from tolerances import check
 
 pytestmark = needs_native
@@ -255,7 +255,7 @@ def test_the_ops_of_this_file_call_every_kernel(monkeypatch):
             called.add(name)
             return NotImplemented
 
-        monkeypatch.setitem(kernel.specialised, "numpy", remember)
+        specialise(monkeypatch, kernel, remember)
     for example in EXAMPLES:
         arrays, dy = draw(example), draw_dy(example)
         for more in ({}, {"comm": SELF}) if example.op in ("batch_norm", "batch_norm_add_relu") else ({},):

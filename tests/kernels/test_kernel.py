@@ -15,7 +15,7 @@ import pytest
 import arraynorm as an
 from arraynorm.kernels import Kernel, _kernel, only
 from arraynorm.kernels.reference.batch_norm import batch_norm_forward, batch_norm_stats
-from norms import EXAMPLES, Example, backward, draw, draw_dy, forward, kernels
+from norms import EXAMPLES, Example, backward, draw, draw_dy, forward, kernels, specialise
 
 
 def _double(x, factor):
@@ -57,6 +57,16 @@ def test_a_second_registration_replaces_the_first(kernel):
     kernel.register("numpy")(lambda x, factor: ("first", x))
     kernel.register("numpy")(lambda x, factor: ("second", x))
     assert kernel(X, 3)[0] == "second"
+
+
+def test_a_second_registration_ends_what_is_answered_in_one_step(kernel):
+    """That would be the first one's."""
+    kernel.register("numpy")(lambda x, factor: ("first", x))
+    kernel.direct = lambda *_: "first"
+    kernel.register("elsewhere")(lambda x, factor: ("elsewhere", x))
+    assert kernel.direct(X, 3) == "first"
+    kernel.register("numpy")(lambda x, factor: ("second", x))
+    assert kernel.direct(X, 3) is None
 
 
 _MISFITS = [lambda x: 0, lambda factor, x: 0, lambda x, factor, out: 0, lambda x, scale: 0, lambda *args: 0]
@@ -247,7 +257,7 @@ def test_every_op_runs_on_kernels_and_on_nothing_else(monkeypatch, example: Exam
             called.append(name)
             return kernel.reference(*args)
 
-        monkeypatch.setitem(kernel.specialised, "numpy", counting)
+        specialise(monkeypatch, kernel, counting)
     with only("specialised"):
         y, cache = forward(example, given)
         after_forward = len(called)
@@ -261,7 +271,7 @@ def test_an_op_takes_what_a_specialisation_returns(monkeypatch):
     def statistics_of_zeros(x):
         return np.zeros(x.shape[1]), np.zeros(x.shape[1])
 
-    monkeypatch.setitem(batch_norm_stats.specialised, "numpy", statistics_of_zeros)
+    specialise(monkeypatch, batch_norm_stats, statistics_of_zeros)
     x = np.random.default_rng(0).standard_normal((4, 3))
     np.testing.assert_array_equal(an.batch_norm(x, eps=0.25, comm=an.distributed.SELF), x * 2)
     with only("reference"):
@@ -276,7 +286,7 @@ def test_a_specialisation_writes_to_out_in_the_kernels_view(monkeypatch):
         seen.append((x.shape, out.shape, out.base is mine))
         return NotImplemented
 
-    monkeypatch.setitem(batch_norm_forward.specialised, "numpy", remember)
+    specialise(monkeypatch, batch_norm_forward, remember)
     mine = np.empty((2, 3, 4, 5))
     an.batch_norm(np.ones((2, 3, 4, 5)), out=mine)
     assert seen == [((2, 3, 20), (2, 3, 20), True)]

@@ -13,7 +13,7 @@ import importlib
 import os
 from types import ModuleType
 
-from arraynorm.kernels._kernel import Kernel
+from arraynorm.kernels._kernel import Kernel, allowed_paths
 from arraynorm.kernels.cpu._threads import default_threads
 from arraynorm.kernels.reference import (
     batch_norm,
@@ -55,11 +55,12 @@ def _prepare(native: ModuleType) -> None:
     if isa := os.environ.get("ARRAYNORM_ISA"):
         native.set_isa(isa)
     native.set_num_threads(default_threads(os.environ))
+    native.set_allowed_paths(allowed_paths)
     for name, kernel in _kernels().items():
         if hasattr(native, name):
             kernel.register("numpy")(getattr(native, name))
         if direct := getattr(native, f"direct_{name}", None):
-            kernel.register_direct("numpy", direct)
+            kernel.direct = direct
 
 
 def _kernels() -> dict[str, Kernel[..., object]]:

@@ -57,10 +57,10 @@ void append(std::vector<double>& values, PyArrayObject* array) {
 // NumPy's allocator, replaced for as long as a result is made.
 class OurMemory {
 public:
-    OurMemory(npy_intp bytes, const std::vector<const void*>& read_beside) {
+    OurMemory(npy_intp bytes, std::span<const void* const> read_beside) {
         if (bytes < 4096) return;
         previous_ = Ref::checked(PyDataMem_SetHandler(memory_handler()));
-        previous_beside_ = exchange_read_beside(&read_beside);
+        previous_beside_ = exchange_read_beside(read_beside);
     }
     ~OurMemory() {
         if (!previous_) return;
@@ -70,7 +70,7 @@ public:
 
 private:
     Ref previous_;
-    const std::vector<const void*>* previous_beside_ = nullptr;
+    std::span<const void* const> previous_beside_;
 };
 
 }  // namespace
@@ -98,7 +98,7 @@ Ref new_array(std::initializer_list<npy_intp> shape, int type_number) {
 
 Ref new_zeros(npy_intp size, int type_number) { return Ref::checked(PyArray_ZEROS(1, &size, type_number, 0)); }
 
-Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, const std::vector<const void*>& read_beside) {
+Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, std::span<const void* const> read_beside) {
     const OurMemory ours(PyArray_SIZE(prototype) * PyDataType_ELSIZE(descr), read_beside);
     Py_INCREF(descr);
     return Ref::checked(PyArray_NewLikeArray(prototype, NPY_KEEPORDER, descr, 0));

@@ -13,7 +13,9 @@
 #include <numpy/arrayobject.h>
 
 #include <chrono>
+#include <initializer_list>
 #include <optional>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -93,7 +95,10 @@ inline const double* data_or_null(const std::vector<double>& values, PyArrayObje
 Ref new_array(std::initializer_list<npy_intp> shape, int type_number);
 Ref new_zeros(npy_intp size, int type_number);
 // In the prototype's order of strides; to be written while `read_beside` are read.
-Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, const std::vector<const void*>& read_beside);
+Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, std::span<const void* const> read_beside);
+inline Ref new_like(PyArrayObject* prototype, PyArray_Descr* descr, std::initializer_list<const void*> read_beside) {
+    return new_like(prototype, descr, std::span(read_beside.begin(), read_beside.size()));
+}
 Ref new_vector(npy_intp size, double*& data);  // float64
 
 // Copies with a cast.

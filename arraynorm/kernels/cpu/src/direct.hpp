@@ -25,6 +25,7 @@ inline void require(bool plain) {
 
 template <class Body>
 PyObject* or_none(Body body) {
+    if (is_reference_alone_allowed()) return none();
     try {
         return body();
     } catch (const NotPlain&) {
@@ -93,7 +94,7 @@ inline PyObject* given_or_none(PyObject* argument) { return argument ? argument 
 
 // Where results go: `out`, an array like x that touches none of the `others`; or, for None, a new one, which is placed
 // in memory for loops that read those `beside`.
-inline Ref output(PyObject* out, PyArrayObject* x, const std::vector<const void*>& beside,
+inline Ref output(PyObject* out, PyArrayObject* x, std::initializer_list<const void*> beside,
                   std::initializer_list<PyObject*> others) {
     if (out == Py_None) return new_like(x, PyArray_DESCR(x), beside);
     PyArrayObject* array = plain_like(out, x);

@@ -12,7 +12,6 @@
 #include <list>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -39,7 +38,7 @@ static_assert(sizeof(Header) == line);
 
 Header* header_of(void* data) { return static_cast<Header*>(data) - 1; }
 
-thread_local const std::vector<const void*>* read_beside = nullptr;
+thread_local std::span<const void* const> read_beside;
 
 // Bytes into a page at which a block is written fastest. A load waits for a store that has not left the processor yet
 // if their addresses agree in the last 12 bits. A loop that reads x and writes y runs about 1 KiB ahead with its loads:
@@ -47,9 +46,9 @@ thread_local const std::vector<const void*>* read_beside = nullptr;
 size_t place() {
     constexpr size_t loads_ahead = 1024, step = 256;
     size_t best = 0, best_distance = 0;
-    for (size_t at = 0; read_beside && at < page; at += step) {
+    for (size_t at = 0; !read_beside.empty() && at < page; at += step) {
         size_t nearest = page;
-        for (const void* address : *read_beside) {
+        for (const void* address : read_beside) {
             const size_t distance = (at - reinterpret_cast<uintptr_t>(address) - loads_ahead / 2) % page;
             nearest = std::min({nearest, distance, page - distance});
         }
@@ -181,7 +180,7 @@ PyDataMem_Handler handler = {"arraynorm", 1, {nullptr, allocate, allocate_zeros,
 
 }  // namespace
 
-const std::vector<const void*>* exchange_read_beside(const std::vector<const void*>* addresses) {
+std::span<const void* const> exchange_read_beside(std::span<const void* const> addresses) {
     return std::exchange(read_beside, addresses);
 }
 

@@ -9,16 +9,16 @@
 #include <Python.h>
 
 #include <cstdint>
-#include <vector>
+#include <span>
 
 namespace arraynorm {
 
 // The capsule for PyDataMem_SetHandler (borrowed).
 PyObject* memory_handler();
 
-// What this thread's next blocks will be written while reading, or null: they are placed so that neither slows the
-// other.
-const std::vector<const void*>* exchange_read_beside(const std::vector<const void*>* addresses);
+// What this thread's next blocks will be written while reading: they are placed so that neither slows the other. The
+// addresses are looked at again until others are given.
+std::span<const void* const> exchange_read_beside(std::span<const void* const> addresses);
 
 // Bytes kept at most, and now; what is kept can be given back.
 void set_memory_limit(int64_t bytes);

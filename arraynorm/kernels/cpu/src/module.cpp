@@ -30,6 +30,27 @@ const Kernels& kernels() { return *active; }
 
 namespace {
 
+PyObject* allowed_paths = nullptr;  // a context variable
+
+}  // namespace
+
+bool is_reference_alone_allowed() {
+    PyObject* paths = nullptr;
+    if (!allowed_paths) return false;
+    if (PyContextVar_Get(allowed_paths, nullptr, &paths) < 0) throw PythonError{};
+    const Ref owned(paths);
+    return PyUnicode_CompareWithASCIIString(paths, "reference") == 0;
+}
+
+namespace {
+
+PyObject* set_allowed_paths(PyObject*, PyObject* variable) {
+    if (!PyContextVar_CheckExact(variable))
+        return PyErr_Format(PyExc_TypeError, "set_allowed_paths: must be a ContextVar, got %R", variable);
+    const Ref previous(std::exchange(allowed_paths, Ref::borrowed(variable).release()));
+    Py_RETURN_NONE;
+}
+
 PyObject* isa_levels(PyObject*, PyObject*) {
     return guarded([&] {
         Ref list = Ref::checked(PyList_New(0));
@@ -81,6 +102,7 @@ PyMethodDef settings[] = {
     {"isa_levels", isa_levels, METH_NOARGS, "The instruction set levels that can be run here, the best last."},
     {"isa", isa, METH_NOARGS, "The level in use."},
     {"set_isa", set_isa, METH_O, "Use a level."},
+    {"set_allowed_paths", set_allowed_paths, METH_O, "Where this ContextVar is \"reference\", decline public calls."},
     {"num_threads", get_num_threads, METH_NOARGS, "The most threads that a call uses."},
     {"set_num_threads", set_num_threads_, METH_O, "Use at most so many threads."},
     {"memory_limit", get_memory_limit, METH_NOARGS, "Bytes of dropped results that are kept for new ones, at most."},

@@ -7,6 +7,9 @@ namespace arraynorm {
 
 const Kernels& kernels();
 
+// Whether the caller has restricted calls to the reference: see only() in _kernel.py.
+bool is_reference_alone_allowed();
+
 using Arguments = PyObject* const*;
 
 // One function for each specialised kernel, with the reference's parameters; NotImplemented declines.
