@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
-#include <string>
 #include <string_view>
 
 #include "memory.hpp"
@@ -118,30 +116,6 @@ Ref copied_like(PyArrayObject* prototype, PyArrayObject* source, PyArray_Descr* 
 
 void copy_into(PyArrayObject* target, PyArrayObject* source) {
     if (PyArray_CopyInto(target, source) < 0) throw PythonError{};
-}
-
-namespace {
-
-// From Linux itself: glibc's sysconf multiplies, on some machines, by the caches of processors that are not there.
-int64_t last_level_cache() {
-    int64_t largest = 0;
-    for (int index = 0; index < 8; ++index) {
-        std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
-        int64_t size = 0;
-        char unit = 0;
-        if (file >> size >> unit) largest = std::max(largest, size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0));
-    }
-    return largest ? largest : int64_t(32) << 20;
-}
-
-}  // namespace
-
-bool exceeds_cache(int64_t bytes) {
-    // A larger one serves more processors than these: on two of a Xeon whose cache is said to have 480 MB, all that
-    // writes 50 MB and more beside what it reads is faster streamed, up to 1.6 times.
-    constexpr int64_t most = int64_t(192) << 20;
-    static const int64_t cache = std::min(last_level_cache(), most);
-    return bytes > cache / 4;
 }
 
 PyObject* not_implemented() {

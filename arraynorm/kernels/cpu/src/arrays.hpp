@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "caches.hpp"
 #include "calls.hpp"
 
 namespace arraynorm {
@@ -104,11 +105,6 @@ Ref new_vector(npy_intp size, double*& data);  // float64
 // Copies with a cast.
 Ref copied_like(PyArrayObject* prototype, PyArrayObject* source, PyArray_Descr* descr);
 void copy_into(PyArrayObject* target, PyArrayObject* source);
-
-// Whether results should bypass the cache: input and output together exceed a quarter of the last level, or 48 MiB.
-// With more than that a store most often waits for the memory that it replaces: other programs, and what the caller
-// does in between, have their shares of the cache too.
-bool exceeds_cache(int64_t bytes);
 
 PyObject* not_implemented();
 

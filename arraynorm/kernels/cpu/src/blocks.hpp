@@ -145,7 +145,7 @@ inline void over_sets(int64_t sets, int64_t parts, int64_t bytes, bool writes, R
     if (threads == 1 || parts == 1 || sets >= 4 * threads) {
         const int64_t group = std::max<int64_t>(1, sets / (8 * threads)),
                       bytes_each = bytes / std::max<int64_t>(1, sets);
-        const bool has_room = bytes_each <= (int64_t(2) << 20);
+        const bool has_room = bytes_each <= (int64_t(3) << 19);
         const int64_t bundle = bundle_of(bytes_each);
         parallel_for((sets + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(sets, (item + 1) * group);

@@ -6,6 +6,7 @@
 
 #include <bit>
 
+#include "caches.hpp"
 #include "row_norm_elements.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
@@ -72,15 +73,16 @@ struct ElementsBackward {
     // -- dx, and the parameters' gradients
 
     // How dx is written: with the parameters' gradients, all rows by turns; or afterwards, a row at a time.
-    enum class Order { together, together_streaming, by_row };
+    enum class Turns { together, together_streaming, by_row };
 
-    Order order_of(int64_t number, const T* dx) const {
+    Turns turns_of(int64_t number, const T* dx) const {
         const int64_t distance = call.dx.sample * sizeof(T);
-        // Rows that lie a multiple of 4 KiB apart share their places in the caches and their banks of memory: written
-        // by turns they take three times as long as one after the other, where they else take three quarters.
-        if (number > 1 && distance % 4096 == 0) return Order::by_row;
-        if (!call.streaming) return Order::together;
-        return distance % 64 == 0 && to_line(dx) == 0 ? Order::together_streaming : Order::by_row;
+        // Rows that lie a multiple of 4 KiB apart share their places in the first-level cache. Where that has eight
+        // for a line, they take three times as long by turns as one after the other; where it has twelve, as all others
+        // three to nine tenths.
+        if (number > 1 && distance % 4096 == 0 && first_level_ways() < 12) return Turns::by_row;
+        if (!call.streaming) return Turns::together;
+        return distance % 64 == 0 && to_line(dx) == 0 ? Turns::together_streaming : Turns::by_row;
     }
 
     // One of the rows that are written together.
@@ -103,7 +105,7 @@ struct ElementsBackward {
 
     // The elements from j of some rows, `packs` packs of them. `dy_ahead` and `x_ahead` are the distances to what this
     // thread reads next, or 0.
-    template <int packs, Order order, class F, class Count>
+    template <int packs, Turns turns, class F, class Count>
     [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const F* weight, int64_t j,
                                                    Count count, int64_t dy_ahead, int64_t x_ahead, double* dweight,
                                                    double* dbias) {
@@ -121,9 +123,9 @@ struct ElementsBackward {
                 const Pack<F> dy = load<F>(row.dy + i, count), x_hat = row.x_hat(i, count);
                 a[p] = fma(dy, x_hat, a[p]);
                 if constexpr (centered) b[p] = b[p] + dy;
-                if constexpr (order == Order::by_row) continue;
+                if constexpr (turns == Turns::by_row) continue;
                 const Pack<F> dx = row.gradient(dy, x_hat, weight + i, count);
-                if constexpr (order == Order::together_streaming && std::is_same_v<Count, Full>)
+                if constexpr (turns == Turns::together_streaming && std::is_same_v<Count, Full>)
                     stream(row.dx + i, dx);
                 else
                     store(row.dx + i, dx, count);
@@ -138,7 +140,7 @@ struct ElementsBackward {
 
     // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread
     // does next, or 0.
-    template <class F, Order order>
+    template <class F, Turns turns>
     [[gnu::flatten]] void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
                                    const RowCoefficients* k, int64_t ahead, double* dweight, double* dbias) const {
         constexpr int packs = std::max(1, 4 / Pack<F>::parts);
@@ -156,13 +158,13 @@ struct ElementsBackward {
                        Pack<F>(F(k[r].constant))};
         }
         const F* w = weight_of<F>(column);
-        const int64_t dy_ahead = order == Order::by_row ? 0 : ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
+        const int64_t dy_ahead = turns == Turns::by_row ? 0 : ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
         int64_t j = 0;
         for (; j + packs * lanes <= width; j += packs * lanes)
-            write_packs<packs, order>(some, number, w, j, Full{}, dy_ahead, x_ahead, dweight, dbias);
-        for (; j + lanes <= width; j += lanes) write_packs<1, order>(some, number, w, j, Full{}, 0, 0, dweight, dbias);
-        if (j < width) write_packs<1, order>(some, number, w, j, width - j, 0, 0, dweight, dbias);
-        if constexpr (order == Order::by_row)
+            write_packs<packs, turns>(some, number, w, j, Full{}, dy_ahead, x_ahead, dweight, dbias);
+        for (; j + lanes <= width; j += lanes) write_packs<1, turns>(some, number, w, j, Full{}, 0, 0, dweight, dbias);
+        if (j < width) write_packs<1, turns>(some, number, w, j, width - j, 0, 0, dweight, dbias);
+        if constexpr (turns == Turns::by_row)
             for (int64_t r = 0; r < number; ++r) {
                 const Row<F> row = some[r];
                 const T* next_x = ahead ? row.x + x_ahead : nullptr;
@@ -178,7 +180,7 @@ struct ElementsBackward {
     // The same, in double for the rows that need it.
     void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
                int64_t ahead, double* dweight, double* dbias) const {
-        const Order order = order_of(number, call.dx.at<T>(sample, group * rows.channels + first));
+        const Turns turns = turns_of(number, call.dx.at<T>(sample, group * rows.channels + first));
         const bool all = weight.tame() && std::all_of(k, k + number, [](const auto& row) { return is_tame<E>(row); });
         if (!all && number > 1) {
             for (int64_t r = 0; r < number; ++r)
@@ -187,10 +189,10 @@ struct ElementsBackward {
         }
         computed<E>(all, [&](auto f) {
             using F = decltype(f);
-            const auto in = order == Order::by_row ? &ElementsBackward::write_in<F, Order::by_row>
-                            : order == Order::together_streaming
-                                ? &ElementsBackward::write_in<F, Order::together_streaming>
-                                : &ElementsBackward::write_in<F, Order::together>;
+            const auto in = turns == Turns::by_row ? &ElementsBackward::write_in<F, Turns::by_row>
+                            : turns == Turns::together_streaming
+                                ? &ElementsBackward::write_in<F, Turns::together_streaming>
+                                : &ElementsBackward::write_in<F, Turns::together>;
             (this->*in)(number, sample, group, first, width, k, ahead, dweight, dbias);
         });
     }
