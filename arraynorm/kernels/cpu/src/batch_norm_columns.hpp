@@ -189,9 +189,9 @@ template <class T, class Mask, class Values>
     const auto dx = rows_of<T>(call.dx, tile), daddend = rows_of<T>(call.daddend, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
     auto gated = [=](int64_t r, int64_t j, auto count) {
+        if constexpr (std::is_same_v<Mask, NoMask>) return load<E>(dy.at(r, j), count);
         const auto g = mask.gate(r * all + j, load<Computation<T>>(dy.at(r, j), count), count);
-        if constexpr (!std::is_same_v<Mask, NoMask>)
-            if (daddend.start) store(daddend.at(r, j), g, count);
+        if (daddend.start) store(daddend.at(r, j), g, count);
         return converted<E>(g);
     };
     auto of_dy = [=](const auto& v, int64_t r, int64_t j, auto count) { return dx_of(gated(r, j, count), v); };

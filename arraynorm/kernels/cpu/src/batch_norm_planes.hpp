@@ -195,9 +195,11 @@ struct BackwardPlane {
                         put_stored(daddend + j, stored, std::false_type{});
                 }
                 return pair_of<E>(T{}, stored);
+            } else if constexpr (!is_masked) {
+                return load<E>(dy + j, count);  // a float is widened as it is loaded, at half of the price
             } else {
                 const auto g = mask.gate(j, load<Computation<T>>(dy + j, count), count);
-                if (is_masked && daddend) {
+                if (daddend) {
                     if (streams.value && together)
                         stream(daddend + j, g, count);
                     else
