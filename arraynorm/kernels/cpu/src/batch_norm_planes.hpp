@@ -132,7 +132,7 @@ void forward_planes(const BatchNormForward& call) {
     }
     const Blocks blocks(v.n, v.s);
     over_sets<Moments>(
-        v.c, blocks.parts(), bytes, call.writes,
+        v.c, MemoryOrder::by_parts, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, int64_t ahead) {
@@ -284,7 +284,7 @@ void backward_planes(const BatchNormBackward& call) {
     } else if (call.reduces) {
         const Blocks blocks(v.n, v.s);
         over_sets<Sums>(
-            v.c, blocks.parts(), bytes, is_written_by_channels<T>(call),
+            v.c, MemoryOrder::by_parts, blocks.parts(), bytes, is_written_by_channels<T>(call),
             [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
             [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
             [&](int64_t c, int64_t part, int64_t ahead) {

@@ -124,10 +124,11 @@ void forward_elements(const RowNormForward& call) {
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1) {  // rows too long for what follows
-        over_sets<Moments>(
-            rows.count(), blocks.parts(), bytes, true, reduce, keep, [&](int64_t row, int64_t part, int64_t ahead) {
-                blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, ahead); });
-            });
+        over_sets<Moments>(rows.count(), MemoryOrder::by_sets, blocks.parts(), bytes, true, reduce, keep,
+                           [&](int64_t row, int64_t part, int64_t ahead) {
+                               blocks.pieces_of(
+                                   part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, ahead); });
+                           });
         return;
     }
     // Of short rows more than of long ones: the divisions and the root of one wait for its sums, not for those of

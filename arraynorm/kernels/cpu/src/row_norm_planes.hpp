@@ -40,7 +40,7 @@ void forward_planes(const RowNormForward& call) {
         return true;
     };
     over_sets<Moments>(
-        rows.count(), blocks.parts(), 2 * rows.elements() * sizeof(T), true,
+        rows.count(), MemoryOrder::by_sets, blocks.parts(), 2 * rows.elements() * sizeof(T), true,
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
         [&](int64_t row, int64_t part, int64_t ahead) {
@@ -108,25 +108,29 @@ void backward_planes(const RowNormBackward& call) {
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
         const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));
-        const int64_t bundle = bundle_of(bytes / std::max<int64_t>(1, rows.count()));
+        const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count()), bundle = bundle_of(bytes_each);
+        const bool has_room = bytes_each <= largest_with_next;
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(rows.count(), (item + 1) * group);
             for (int64_t first = item * group; first < end; first += bundle) {
                 const int64_t last = std::min(end, first + bundle);
-                // f(row, sample, channel, part) for those of a row
-                auto parts_of = [&](int64_t row, auto f) __attribute__((always_inline)) {
+                // f(sample, channel, part) for those of a row
+                auto parts_of = [&](int64_t row, bool backwards, auto f) __attribute__((always_inline)) {
                     const int64_t sample = row / rows.groups, channel = row % rows.groups * rows.channels;
-                    for (int64_t c = channel; c < channel + rows.channels; ++c)
-                        for (int64_t part = 0; part < parts; ++part) f(sample, c, part);
+                    for (int64_t k = 0; k < rows.channels; ++k)
+                        for (int64_t p = 0; p < parts; ++p)
+                            backwards ? f(sample, channel + rows.channels - 1 - k, parts - 1 - p)
+                                      : f(sample, channel + k, p);
                 };
                 for (int64_t row = first; row < last; ++row)
-                    parts_of(row, [&](int64_t sample, int64_t c, int64_t part) {
+                    parts_of(row, false, [&](int64_t sample, int64_t c, int64_t part) {
                         sums.of(sample, c).add(channel_part_sums<T>(call, blocks, row, sample, c, part));
                     });
                 for (int64_t row = first; row < last; ++row) sums.keep(row);
                 for (int64_t row = first; row < last; ++row)
-                    parts_of(row, [&](int64_t sample, int64_t c, int64_t part) {
-                        write(sample, c, part, row + bundle < end ? bundle : 0);
+                    // what was read last first: of a large row only that is still in the cache
+                    parts_of(row, !has_room, [&](int64_t sample, int64_t c, int64_t part) {
+                        write(sample, c, part, has_room && row + bundle < end ? bundle : 0);
                     });
             }
             if (call.streaming) finish_streaming();
