@@ -26,7 +26,7 @@ BACKENDS: dict[str, str] = {"numpy": "arraynorm.kernels.cpu", "cupy": "arraynorm
 
 _log = logging.getLogger("arraynorm.kernels")
 allowed_paths: ContextVar[Paths] = ContextVar("arraynorm_allowed_paths", default="any")
-"""What `only` sets."""
+"""What `only` sets. The compiled module reads this very object too: see `Kernel.register_direct`."""
 
 
 class Kernel(Generic[P, R]):
@@ -38,12 +38,8 @@ class Kernel(Generic[P, R]):
         self.reference = reference
         self.specialised: dict[str, Callable[P, R]] = {}
         self.direct: Callable[..., Any] = _step_by_step
-        """What a public call comes to, found in one step; or None, and then it is checked and taken step by step.
-
-        Small arrays take less time than the checks in Python do, and no wrapper stands before it either: it answers
-        None itself to other libraries' arrays, to calls that would not pass the checks, and under only("reference").
-        It gives the bits that the kernel gives; for a NaN a NaN.
-        """
+        """What a public call comes to, found in one step; or None, and then it is checked and taken step by step."""
+        self._direct_library: str | None = None
 
     def register(self, library: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: add a specialisation for `library`, with exactly the reference's parameters.
@@ -55,12 +51,21 @@ class Kernel(Generic[P, R]):
             ours, theirs = inspect.signature(self.reference), inspect.signature(function)
             if list(ours.parameters) != list(theirs.parameters):
                 raise TypeError(f"{function.__qualname__}{theirs} must have the signature {self.__name__}{ours}")
-            if library in self.specialised:
-                self.direct = _step_by_step  # that of the function that this one replaces
+            if library == self._direct_library:
+                self.direct = _step_by_step  # no longer what the specialisation would give
             self.specialised[library] = function
             return function
 
         return add
+
+    def register_direct(self, library: str, function: Callable[..., Any]) -> None:
+        """Let `function` answer whole public calls in place of the specialisation for `library`.
+
+        Small arrays take less time than a check in Python does, so nothing is asked before `function` is called. It
+        must answer None to arrays of other libraries, to calls that would not pass the checks, and where
+        `allowed_paths` is "reference"; else it gives the bits that the specialisation gives, and for a NaN a NaN.
+        """
+        self.direct, self._direct_library = function, library
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         allowed = allowed_paths.get()

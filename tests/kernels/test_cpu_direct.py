@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import pytest
 
 import arraynorm as an
-from arraynorm.kernels import cpu, only
+from arraynorm.kernels import _kernel, cpu, only
 from arraynorm.kernels.reference import (
     batch_norm,
     batch_norm_add_relu,
@@ -212,6 +213,18 @@ def test_none_is_answered_where_the_reference_alone_may_run(name: str) -> None:
 def test_the_paths_are_a_context_variables() -> None:
     with pytest.raises(TypeError, match="set_allowed_paths: must be a ContextVar, got 'any'"):
         cpu.native.set_allowed_paths("any")
+
+
+@pytest.mark.parametrize("default", [{}, {"default": None}, {"default": b"reference"}])
+def test_a_variable_that_names_no_paths_restricts_nothing(default: dict[str, Any]) -> None:
+    kernel, call = CALLS["layer_norm_forward"]
+    cpu.native.set_allowed_paths(ContextVar("paths", **default))
+    try:
+        with answered(kernel) as record:
+            call(arrays(np.float32))
+    finally:
+        cpu.native.set_allowed_paths(_kernel.allowed_paths)
+    assert record == [True]
 
 
 @pytest.mark.parametrize("axis", [0, 2, -1])

@@ -62,8 +62,9 @@ def test_a_second_registration_replaces_the_first(kernel):
 def test_a_second_registration_ends_what_is_answered_in_one_step(kernel):
     """That would be the first one's."""
     kernel.register("numpy")(lambda x, factor: ("first", x))
-    kernel.direct = lambda *_: "first"
-    kernel.register("elsewhere")(lambda x, factor: ("elsewhere", x))
+    kernel.register_direct("numpy", lambda *_: "first")
+    for _ in range(2):
+        kernel.register("elsewhere")(lambda x, factor: ("elsewhere", x))
     assert kernel.direct(X, 3) == "first"
     kernel.register("numpy")(lambda x, factor: ("second", x))
     assert kernel.direct(X, 3) is None

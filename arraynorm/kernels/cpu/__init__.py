@@ -60,7 +60,7 @@ def _prepare(native: ModuleType) -> None:
         if hasattr(native, name):
             kernel.register("numpy")(getattr(native, name))
         if direct := getattr(native, f"direct_{name}", None):
-            kernel.direct = direct
+            kernel.register_direct("numpy", direct)
 
 
 def _kernels() -> dict[str, Kernel[..., object]]:

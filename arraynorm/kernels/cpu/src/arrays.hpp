@@ -20,7 +20,6 @@
 #include <utility>
 #include <vector>
 
-#include "caches.hpp"
 #include "calls.hpp"
 
 namespace arraynorm {

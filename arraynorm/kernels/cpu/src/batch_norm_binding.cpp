@@ -1,4 +1,5 @@
 // Batch norm, from Python's arguments to a call.
+#include "caches.hpp"
 #include "native.hpp"
 #include "operands.hpp"
 #include "walk.hpp"

@@ -189,7 +189,7 @@ template <class T, class Mask, class Values>
     const auto dx = rows_of<T>(call.dx, tile), daddend = rows_of<T>(call.daddend, tile);
     const Mask mask(call.mask, first_bit(call.volume, tile));
     auto gated = [=](int64_t r, int64_t j, auto count) {
-        if constexpr (std::is_same_v<Mask, NoMask>) return load<E>(dy.at(r, j), count);
+        if constexpr (std::is_same_v<Mask, NoMask>) return load<E>(dy.at(r, j), count);  // as in BackwardPlane
         const auto g = mask.gate(r * all + j, load<Computation<T>>(dy.at(r, j), count), count);
         if (daddend.start) store(daddend.at(r, j), g, count);
         return converted<E>(g);

@@ -196,7 +196,7 @@ struct BackwardPlane {
                 }
                 return pair_of<E>(T{}, stored);
             } else if constexpr (!is_masked) {
-                return load<E>(dy + j, count);  // a float is widened as it is loaded, at half of the price
+                return load<E>(dy + j, count);  // widened as it is loaded: one instruction, from a register three
             } else {
                 const auto g = mask.gate(j, load<Computation<T>>(dy + j, count), count);
                 if (daddend) {

@@ -130,21 +130,22 @@ inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool 
 // Sets that are reduced one after the other before the first of them is written: of small ones several, for the
 // divisions and the root of one wait for its sums, not for those of others.
 inline constexpr int64_t most_in_bundle = 8;
-// Bytes of a set, inputs and outputs, beside which the next one's have room in the second-level cache.
+// Bytes of a set, inputs and outputs, up to which the next one's inputs are fetched while it is written; measured with
+// a second-level cache of 2 MiB.
 inline constexpr int64_t largest_with_next = int64_t(3) << 19;
 inline int64_t bundle_of(int64_t bytes_each) {
     return std::clamp<int64_t>(8192 / std::max<int64_t>(1, bytes_each), 1, most_in_bundle);
 }
+
+// In which order few sets are shared out: all parts of a set, or the same part of all sets. As memory has them: so no
+// thread writes between what another one writes, which takes up to twice as long.
+enum class MemoryOrder { by_sets, by_parts };
 
 // Reduces every set, and then writes it. Few sets are shared out in parts, by the same arithmetic.
 //
 // reduce(set, part) gives what is added up; keep(set, sum) is told the whole set's; write(set, part, ahead) writes,
 // with the number of sets to that which this thread does later, or 0 where that has no room in the cache beside this
 // one.
-//
-// Few sets are shared out in the order in which memory has their parts, all of a set's or the same part of all sets: so
-// no thread writes between what another one writes, which takes up to twice as long.
-enum class MemoryOrder { by_sets, by_parts };
 template <class Sum, class Reduce, class Keep, class Write>
 inline void over_sets(int64_t sets, MemoryOrder order, int64_t parts, int64_t bytes, bool writes, Reduce reduce,
                       Keep keep, Write write) {

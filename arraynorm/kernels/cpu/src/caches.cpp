@@ -34,7 +34,7 @@ bool exceeds_cache(int64_t bytes) {
 }
 
 int first_level_ways() {
-    static const int ways = [] {
+    static const int ways = [] {  // index 0 is the first level's, for data
         int found = 0;
         return cache_file(0, "ways_of_associativity") >> found ? found : 8;
     }();

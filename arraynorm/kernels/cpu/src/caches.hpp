@@ -10,7 +10,8 @@ namespace arraynorm {
 // does in between, have their shares of the cache too.
 bool exceeds_cache(int64_t bytes);
 
-// So many lines that lie a multiple of 4 KiB apart have room in the first level.
+// The ways of the first level for data: so many lines have room in it that lie a multiple of 4 KiB apart, where a way
+// has 4 KiB as on x86-64. 8 where the system does not tell.
 int first_level_ways();
 
 }  // namespace arraynorm

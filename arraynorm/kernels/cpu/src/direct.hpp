@@ -2,8 +2,9 @@
 //
 // A layer of a thousand numbers is computed in less than a microsecond, and a check in Python takes a tenth of one. So
 // the functional layer asks here first. Whatever is not plain (another type, strides, something wrong) is answered with
-// None, and is then checked, refused in words, or computed step by step. Nothing is decided here but that a call is in
-// order. A forward answers with y and the fields of its cache, a backward with the gradients.
+// None, and is then checked, refused in words, or computed step by step; and so is everything where the reference alone
+// may run. Nothing else is decided here. A forward answers with y and the fields of its cache, a backward with the
+// gradients.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,5 @@
 // Batch norm in one step, alone and with addend and ReLU: see direct.hpp.
+#include "caches.hpp"
 #include "direct.hpp"
 
 namespace arraynorm {

@@ -1,6 +1,7 @@
 // Layer, RMS, group and instance norm in one step: see direct.hpp.
 #include <cfloat>
 
+#include "caches.hpp"
 #include "direct.hpp"
 #include "row_walk.hpp"
 

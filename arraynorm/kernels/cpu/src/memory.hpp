@@ -17,7 +17,7 @@ namespace arraynorm {
 PyObject* memory_handler();
 
 // What this thread's next blocks will be written while reading: they are placed so that neither slows the other. The
-// addresses are looked at again until others are given.
+// span must last until others are given; what the addresses point to is not looked at.
 std::span<const void* const> exchange_read_beside(std::span<const void* const> addresses);
 
 // Bytes kept at most, and now; what is kept can be given back.

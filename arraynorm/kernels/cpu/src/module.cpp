@@ -39,7 +39,7 @@ bool is_reference_alone_allowed() {
     if (!allowed_paths) return false;
     if (PyContextVar_Get(allowed_paths, nullptr, &paths) < 0) throw PythonError{};
     const Ref owned(paths);
-    return PyUnicode_CompareWithASCIIString(paths, "reference") == 0;
+    return paths && PyUnicode_Check(paths) && PyUnicode_CompareWithASCIIString(paths, "reference") == 0;
 }
 
 namespace {

@@ -1,4 +1,5 @@
 // Layer, RMS, group and instance norm, from Python's arguments to a call.
+#include "caches.hpp"
 #include "native.hpp"
 #include "operands.hpp"
 #include "row_walk.hpp"

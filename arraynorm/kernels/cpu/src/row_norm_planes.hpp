@@ -128,7 +128,7 @@ void backward_planes(const RowNormBackward& call) {
                     });
                 for (int64_t row = first; row < last; ++row) sums.keep(row);
                 for (int64_t row = first; row < last; ++row)
-                    // what was read last first: of a large row only that is still in the cache
+                    // of a large row the parts that were read last first: only those are still in the cache
                     parts_of(row, !has_room, [&](int64_t sample, int64_t c, int64_t part) {
                         write(sample, c, part, has_room && row + bundle < end ? bundle : 0);
                     });
