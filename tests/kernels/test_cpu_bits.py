@@ -199,7 +199,7 @@ def test_where_an_array_lies_in_a_cache_line_does_not_matter(route, dtype):
         _assert_same_bits(_run(example, {name: shifted(array, shift) for name, array in arrays.items()}), wanted)
 
 
-# From so many bytes read and written on results are streamed whatever the cache: see exceeds_cache in arrays.cpp.
+# From so many bytes read and written on results are streamed whatever the cache: see exceeds_cache in caches.cpp.
 _STREAMED = 48 << 20
 
 
