@@ -431,16 +431,22 @@ template <class T, class Values, class Value, class... Streams>
                 using P = decltype(values.at(j, count));
                 P of[packs.value];
                 for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);
+                auto of_pack = [&](int k, int p) __attribute__((always_inline)) {
+                    return value(of[p], row + k, j + p * lanes, count);
+                };
+                constexpr bool is_full = std::is_same_v<decltype(count), Full>;
+                constexpr bool by_twos = is_stored_by_twos<T> && is_full && !streams.value && packs.value % 2 == 0;
                 for (int k = 0; k < number.value; ++k)
-                    for (int p = 0; p < packs.value; ++p) {
+                    for (int p = 0; p < packs.value; p += by_twos ? 2 : 1) {
                         T* to = y.at(row + k, j + p * lanes);
-                        const auto v = value(of[p], row + k, j + p * lanes, count);
-                        if constexpr (streams.value && std::is_same_v<decltype(count), Full>)
-                            stream<16>(to, v);
+                        if constexpr (by_twos)
+                            put(to, of_pack(k, p), of_pack(k, p + 1), streams);
+                        else if constexpr (streams.value && is_full)
+                            stream<16>(to, of_pack(k, p));
                         else if constexpr (streams.value)
-                            stream(to, v, count);
+                            stream(to, of_pack(k, p), count);
                         else
-                            store(to, v, count);
+                            store(to, of_pack(k, p), count);
                     }
             });
     };

@@ -208,7 +208,7 @@ inline double pivot_of(const T* x, int64_t n) {
     if constexpr (sizeof(T) == 2) {
         T stored[lanes];
         store(stored, Pack<float>(float(mean)));
-        return to_float(stored[0]);
+        return double(first_lane(load<float>(stored)));
     } else {
         return double(T(mean));
     }

@@ -142,6 +142,11 @@ template <class E, class F>
         return narrowed(a);
 }
 
+template <class E>
+[[gnu::always_inline]] inline E first_lane(Pack<E> a) {
+    return a.part[0][0];
+}
+
 // The sum of the eight elements, in double, always in the same order.
 template <class E>
 [[gnu::always_inline]] inline double sum(Pack<E> a) {
@@ -167,9 +172,13 @@ typedef uint32_t Bits32 __attribute__((vector_size(32)));
 #if defined(__AVX2__)
 // As instructions: GCC 12 takes the conversions of vectors below apart, element by element.
 [[gnu::always_inline]] inline Pack<float> from_storage(const bfloat16* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // Each half of the register takes four of the eight that both have: a load and a shuffle, where to widen and to
+    // shift would be a load and two.
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
     Pack<float> r;
-    r.part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    r.part[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, places));
     return r;
 }
 
@@ -503,12 +512,19 @@ template <class T>
 }
 #endif
 
-// Two packs side by side, with one store where a register holds them; streamed or not. If they are, p must be aligned
-// to 32 bytes, for the 16-bit formats too.
+// Whether two packs are stored at less expense together. Of float16 each conversion stores by itself.
+template <class T>
+#if defined(__AVX2__)
+inline constexpr bool is_stored_by_twos = std::is_same_v<T, bfloat16>;
+#else
+inline constexpr bool is_stored_by_twos = false;
+#endif
+
+// Two packs side by side, streamed or not. If they are, p must be aligned to 32 bytes, for the 16-bit formats too.
 template <class T, class E, class Streams>
 [[gnu::always_inline]] inline void put(T* p, Pack<E> a, Pack<E> b, Streams) {
 #if defined(__AVX2__)
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2 && (Streams::value || is_stored_by_twos<T>)) {
         if constexpr (std::is_same_v<E, float>)
             return put_stored(p, to_bits(T{}, a, b), Streams{});
         else
