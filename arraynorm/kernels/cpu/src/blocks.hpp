@@ -102,7 +102,7 @@ template <class E, bool centered = true, class Open>
         auto terms = [=](int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> g = from.template gated<E>(j, count);
             const Pack<E> x = load<E>(from.x + j, count);
-            return Terms{g, g, first_of(centered ? x - pivot : x, count)};
+            return Terms{centered ? g : Pack<E>(0), g, first_of(centered ? x - pivot : x, count)};
         };
         constexpr bool in_any_order = is_in_any_order<decltype(from.gate)>;
         const std::conditional_t<in_any_order, InAnyOrder<decltype(terms)>, decltype(terms)> ordered{terms};
@@ -116,8 +116,9 @@ template <class E, bool centered = true, class Open>
     return sums;
 }
 
-// Sums of g and of g * (x - mean), not `centered` of g * x, over a part of a set; open(e, run, i) gives the Gradients,
-// in e's type, from element i of a run. In E where it is `tame` and the sums are what they should be, else in double.
+// Sums of g and of g * (x - mean), not `centered` of g * x alone, over a part of a set; open(e, run, i) gives the
+// Gradients, in e's type, from element i of a run. In E where it is `tame` and the sums are what they should be, else
+// in double.
 template <class E, bool centered = true, class Open>
 inline Sums gradient_sums(const Blocks& blocks, int64_t part, double mean, bool tame, const Open& open) {
     if (tame) {

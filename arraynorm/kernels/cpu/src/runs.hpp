@@ -161,7 +161,8 @@ struct Moments {
 };
 
 // Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length, fetched...) for each,
-// where what else memory is to bring meanwhile may be named. Not `centered`, of x and x^2.
+// where what else memory is to bring meanwhile may be named. Not `centered`, of x^2 alone: compilers leave out the sums
+// of constant zeros.
 template <class E, class T, bool centered = true, class Runs>
 [[gnu::flatten]] Sums sums_about(E pivot, const Runs& runs) {
     const Pack<E> k(pivot);
@@ -170,7 +171,7 @@ template <class E, class T, bool centered = true, class Runs>
         sums.run(n, InAnyOrder{[=](int64_t i, auto count) __attribute__((always_inline)) {
                      // of the deviations, for a pivot that T can't hold
                      const Pack<E> value = load<E>(x + i, count), d = first_of(centered ? value - k : value, count);
-                     return Terms{d, d, d};
+                     return Terms{centered ? d : Pack<E>(0), d, d};
                  }},
                  x, fetched...);
     });
