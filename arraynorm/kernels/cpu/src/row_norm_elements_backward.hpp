@@ -1,7 +1,7 @@
 // The backward over rows of adjacent elements.
 //
-// Some rows at a time: their sums first, then dx and what they add to the parameters' gradients, while they are in the
-// cache.
+// Some rows at a time, or one: their sums first, then dx and what they add to the parameters' gradients, while they are
+// in the cache.
 #pragma once
 
 #include <bit>
@@ -72,19 +72,29 @@ struct ElementsBackward {
 
     // -- dx, and the parameters' gradients
 
-    // How dx is written: with the parameters' gradients, all rows by turns; or afterwards, a row at a time.
-    enum class Turns { together, together_streaming, by_row };
+    // How some rows' dx is written, with what they add to the parameters' gradients.
+    enum class Turns {
+        one_by_one,  // each as soon as its sums are taken; those of the gradients stay in the first-level cache
+        together     // some elements of all rows, and then the next; the gradients' sums stay in registers
+    };
 
-    Turns turns_of(int64_t number, const T* dx) const {
+    // Of `number` rows of `width` elements.
+    Turns turns_of(int64_t number, int64_t width) const {
         const int64_t distance = call.dx.sample * sizeof(T);
+        if (number == 1) return Turns::together;
         // Rows that lie a multiple of 4 KiB apart share their places in the first-level cache. On a processor where
         // that has eight ways they took three times as long by turns as one after the other; on one with twelve, 0.8.
-        if (number > 1 && distance % 4096 == 0 && first_level_ways() < 12) return Turns::by_row;
+        if (distance % 4096 == 0 && first_level_ways() < 12) return Turns::one_by_one;
         if (!call.streaming) return Turns::together;
-        return distance % 64 == 0 && to_line(dx) == 0 ? Turns::together_streaming : Turns::by_row;
+        // Streamed together, the rows' cache lines must begin at the same elements.
+        if (distance % 64 != 0) return Turns::one_by_one;
+        // One stream to memory takes 0.86 to 0.96 of the time of eight, if the first-level cache holds the row and what
+        // goes with it; not in 16 bits, which take longer to compute.
+        const int64_t bytes = width * int64_t(3 * sizeof(T) + (centered ? 3 : 2) * sizeof(E));
+        return sizeof(T) > 2 && bytes <= 24 * 1024 ? Turns::one_by_one : Turns::together;
     }
 
-    // One of the rows that are written together.
+    // A row, while it is written.
     template <class F>
     struct Row {
         const T *dy, *x;
@@ -102,46 +112,72 @@ struct ElementsBackward {
         }
     };
 
-    // The elements from j of some rows, `packs` packs of them. `dy_ahead` and `x_ahead` are the distances to what this
-    // thread reads next, or 0.
-    template <int packs, Turns turns, class F, class Count>
-    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const F* weight, int64_t j,
-                                                   Count count, int64_t dy_ahead, int64_t x_ahead, double* dweight,
-                                                   double* dbias) {
+    // Sums of the parameters' gradients: in F they go on from row to row; to those in double, what some rows make is
+    // added.
+    enum class SumsOf { rows, all };
+    template <class F, SumsOf of>
+    using Sum = std::conditional_t<of == SumsOf::rows, F, double>;
+
+    bool is_row_tame(const RowCoefficients& k) const { return weight.tame() && is_tame<E>(k); }
+
+    // What goes with rows: the weights, the sums, and the distances to what this thread reads next, or 0.
+    template <class F, SumsOf of>
+    struct Company {
+        const F* weight;
+        Sum<F, of>*dweight, *dbias;
+        int64_t dy_ahead, x_ahead;
+    };
+
+    // The elements from j of some rows, `packs` packs of them.
+    template <int packs, bool streams, class F, SumsOf of, class Count>
+    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const Company<F, of>& with,
+                                                   int64_t j, Count count) {
         Pack<F> a[packs], b[packs];
-        for (int p = 0; p < packs; ++p) a[p] = b[p] = Pack<F>(0);
+        for (int p = 0; p < packs; ++p)
+            if constexpr (of == SumsOf::rows) {
+                a[p] = load<F>(with.dweight + j + p * lanes, count);
+                if constexpr (centered) b[p] = load<F>(with.dbias + j + p * lanes, count);
+            } else {
+                a[p] = b[p] = Pack<F>(0);
+            }
         for (int64_t r = 0; r < number; ++r) {
             const Row<F>& row = some[r];
-            if (dy_ahead)
+            if (with.dy_ahead)
                 for (int64_t line = 0; line < packs * lanes; line += int64_t(64 / sizeof(T))) {
-                    prefetch(row.dy + dy_ahead + j + line);
-                    prefetch(row.x + x_ahead + j + line);
+                    prefetch(row.dy + with.dy_ahead + j + line);
+                    prefetch(row.x + with.x_ahead + j + line);
                 }
             for (int p = 0; p < packs; ++p) {
                 const int64_t i = j + p * lanes;
                 const Pack<F> dy = load<F>(row.dy + i, count), x_hat = row.x_hat(i, count);
                 a[p] = fma(dy, x_hat, a[p]);
                 if constexpr (centered) b[p] = b[p] + dy;
-                if constexpr (turns == Turns::by_row) continue;
-                const Pack<F> dx = row.gradient(dy, x_hat, weight + i, count);
-                if constexpr (turns == Turns::together_streaming && std::is_same_v<Count, Full>)
-                    stream(row.dx + i, dx);
+                const Pack<F> dx = row.gradient(dy, x_hat, with.weight + i, count);
+                if constexpr (streams)
+                    stream(row.dx + i, dx, count);
                 else
                     store(row.dx + i, dx, count);
             }
         }
         for (int p = 0; p < packs; ++p) {
             const int64_t i = j + p * lanes;
-            store(dweight + i, load<double>(dweight + i, count) + widened(a[p]), count);
-            if constexpr (centered) store(dbias + i, load<double>(dbias + i, count) + widened(b[p]), count);
+            if constexpr (of == SumsOf::rows) {
+                store(with.dweight + i, a[p], count);
+                if constexpr (centered) store(with.dbias + i, b[p], count);
+            } else {
+                store(with.dweight + i, load<double>(with.dweight + i, count) + widened(a[p]), count);
+                if constexpr (centered)
+                    store(with.dbias + i, load<double>(with.dbias + i, count) + widened(b[p]), count);
+            }
         }
     }
 
     // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread
     // does next, or 0.
-    template <class F, Turns turns>
-    [[gnu::flatten]] void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
-                                   const RowCoefficients* k, int64_t ahead, double* dweight, double* dbias) const {
+    template <bool streams, class F, SumsOf of>
+    [[gnu::flatten]] void write_by(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
+                                   const RowCoefficients* k, int64_t ahead, Sum<F, of>* dweight,
+                                   Sum<F, of>* dbias) const {
         constexpr int packs = std::max(1, 4 / Pack<F>::parts);
         const int64_t column = group * rows.channels + first;
         Row<F> some[group_size];
@@ -156,59 +192,79 @@ struct ElementsBackward {
                        Pack<F>(F(k[r].of_x_hat)),
                        Pack<F>(F(k[r].constant))};
         }
-        const F* w = weight_of<F>(column);
-        const int64_t dy_ahead = turns == Turns::by_row ? 0 : ahead * call.dy.sample, x_ahead = ahead * call.x.sample;
+        const Company<F, of> with{weight_of<F>(column), dweight, dbias, ahead * call.dy.sample, ahead * call.x.sample};
+        const Company<F, of> without_next{with.weight, dweight, dbias, 0, 0};
         int64_t j = 0;
+        auto write_part = [&](int64_t count) __attribute__((always_inline)) {
+            if (count == 0) return;
+            write_packs<1, streams>(some, number, without_next, j, count);
+            j += count;
+        };
+        auto write_to = [&](int64_t to) __attribute__((always_inline)) {
+            for (; j + lanes <= to; j += lanes) write_packs<1, streams>(some, number, without_next, j, Full{});
+        };
+        if (streams) {  // up to a line's end
+            const int64_t head = to_line(some[0].dx);
+            write_part(std::min(head % lanes, width));
+            write_to(std::min(head, width));
+        }
         for (; j + packs * lanes <= width; j += packs * lanes)
-            write_packs<packs, turns>(some, number, w, j, Full{}, dy_ahead, x_ahead, dweight, dbias);
-        for (; j + lanes <= width; j += lanes) write_packs<1, turns>(some, number, w, j, Full{}, 0, 0, dweight, dbias);
-        if (j < width) write_packs<1, turns>(some, number, w, j, width - j, 0, 0, dweight, dbias);
-        if constexpr (turns == Turns::by_row)
-            for (int64_t r = 0; r < number; ++r) {
-                const Row<F> row = some[r];
-                const T* next_x = ahead ? row.x + x_ahead : nullptr;
-                write_run(row.dx, width, call.streaming, ahead ? row.dy + ahead * call.dy.sample : nullptr,
-                          [=](int64_t i, auto count, auto) __attribute__((always_inline)) {
-                              if constexpr (std::is_same_v<decltype(count), Full>)
-                                  if (next_x) prefetch(next_x + i);
-                              return row.gradient(load<F>(row.dy + i, count), row.x_hat(i, count), w + i, count);
-                          });
-            }
+            write_packs<packs, streams>(some, number, with, j, Full{});
+        write_to(width);
+        write_part(width - j);
+    }
+    template <class F, SumsOf of>
+    void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
+                  int64_t ahead, Sum<F, of>* dweight, Sum<F, of>* dbias) const {
+        const auto way =
+            call.streaming ? &ElementsBackward::write_by<true, F, of> : &ElementsBackward::write_by<false, F, of>;
+        (this->*way)(number, sample, group, first, width, k, ahead, dweight, dbias);
     }
 
-    // The same, in double for the rows that need it.
-    void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
-               int64_t ahead, double* dweight, double* dbias) const {
-        const Turns turns = turns_of(number, call.dx.at<T>(sample, group * rows.channels + first));
-        const bool all = weight.tame() && std::all_of(k, k + number, [](const auto& row) { return is_tame<E>(row); });
-        if (!all && number > 1) {
-            for (int64_t r = 0; r < number; ++r)
-                write(1, sample + r, group, first, width, k + r, ahead, dweight, dbias);
-            return;
+    // The elements [first, first + width) of `number` rows; coefficients_of(r) takes a row's sums. `left` is the number
+    // of samples from here on that this thread does, if one follows the other in memory; `sums` is room for those of
+    // rows.
+    template <class CoefficientsOf>
+    void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, int64_t left,
+               std::vector<E>& sums, double* dweight, double* dbias, CoefficientsOf coefficients_of) const {
+        if (turns_of(number, width) == Turns::one_by_one)
+            return write_one_by_one(number, sample, group, first, width, left, sums, dweight, dbias, coefficients_of);
+        RowCoefficients k[group_size];
+        for (int64_t r = 0; r < number; ++r) k[r] = coefficients_of(r);
+        const int64_t ahead = left >= 2 * number ? number : 0;
+        if (std::all_of(k, k + number, [&](const auto& row) { return is_row_tame(row); }))
+            return write_in<E, SumsOf::all>(number, sample, group, first, width, k, ahead, dweight, dbias);
+        write_one_by_one(number, sample, group, first, width, left, sums, dweight, dbias,
+                         [&](int64_t r) { return k[r]; });
+    }
+
+    // In double the rows that need it.
+    template <class CoefficientsOf>
+    void write_one_by_one(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, int64_t left,
+                          std::vector<E>& sums, double* dweight, double* dbias, CoefficientsOf coefficients_of) const {
+        sums.assign(2 * width, E(0));
+        for (int64_t r = 0; r < number; ++r) {
+            const RowCoefficients k = coefficients_of(r);
+            const int64_t ahead = left > r + 1;
+            if (is_row_tame(k))
+                write_in<E, SumsOf::rows>(1, sample + r, group, first, width, &k, ahead, sums.data(),
+                                          sums.data() + width);
+            else
+                write_in<double, SumsOf::all>(1, sample + r, group, first, width, &k, ahead, dweight, dbias);
         }
-        computed<E>(all, [&](auto f) {
-            using F = decltype(f);
-            const auto in = turns == Turns::by_row ? &ElementsBackward::write_in<F, Turns::by_row>
-                            : turns == Turns::together_streaming
-                                ? &ElementsBackward::write_in<F, Turns::together_streaming>
-                                : &ElementsBackward::write_in<F, Turns::together>;
-            (this->*in)(number, sample, group, first, width, k, ahead, dweight, dbias);
-        });
+        for (int64_t j = 0; j < width; ++j) dweight[j] += double(sums[j]), dbias[j] += double(sums[width + j]);
     }
 
     // All of the rows of some samples and groups.
     void run(int64_t begin, int64_t end, int64_t group, int64_t end_group, double* dweight, double* dbias) const {
         const int64_t bundle = std::bit_floor(uint64_t(rows_in_cache<T>(rows.channels, group_size)));
-        for (int64_t sample = begin; sample < end; sample += bundle) {
-            const int64_t number = std::min(bundle, end - sample);
-            const int64_t ahead = rows.groups == 1 && sample + 2 * bundle <= end ? bundle : 0;
+        std::vector<E> sums;
+        for (int64_t sample = begin; sample < end; sample += bundle)
             for (int64_t g = group; g < end_group; ++g) {
-                RowCoefficients k[group_size];
-                for (int64_t r = 0; r < number; ++r) k[r] = coefficients(sample + r, g);
                 const int64_t column = (g - group) * rows.channels;
-                write(number, sample, g, 0, rows.channels, k, ahead, dweight + column, dbias + column);
+                write(std::min(bundle, end - sample), sample, g, 0, rows.channels, rows.groups == 1 ? end - sample : 0,
+                      sums, dweight + column, dbias + column, [&](int64_t r) { return coefficients(sample + r, g); });
             }
-        }
         if (call.streaming) finish_streaming();
     }
 
@@ -247,9 +303,10 @@ struct ElementsBackward {
         }
         parallel_for((rows.channels + piece - 1) / piece, bytes(), [&](int64_t item) {
             const int64_t first = item * piece, width = std::min(piece, rows.channels - first);
+            std::vector<E> of_rows;
             for (int64_t sample = 0; sample < rows.samples; sample += group_size)
-                write(std::min<int64_t>(group_size, rows.samples - sample), sample, 0, first, width, &k[sample], 0,
-                      call.dweight + first, call.dbias + first);
+                write(std::min<int64_t>(group_size, rows.samples - sample), sample, 0, first, width, 0, of_rows,
+                      call.dweight + first, call.dbias + first, [&](int64_t r) { return k[sample + r]; });
             if (call.streaming) finish_streaming();
         });
     }
