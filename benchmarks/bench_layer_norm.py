@@ -45,7 +45,9 @@ def with_torch(d: Data) -> Mapping[str, Competitor]:
     _, mean, rstd = torch.native_layer_norm(x, shape, w, b, EPS)
     arguments = (dy, x, shape, mean, rstd, w, b, [True] * 3)
     backward = aten.native_layer_norm_backward.default
-    return {"torch": Competitor(lambda: backward(*arguments), every_tensor(d))}
+    # Its dbias of 16-bit inputs was off by up to 0.11 of its largest element; whoever uses it has no other.
+    tolerance = {"float16": 0.05, "bfloat16": 0.3}.get(d.case.dtype)
+    return {"torch": Competitor(lambda: backward(*arguments), every_tensor(d), tolerance)}
 
 
 def with_numpy(d: Data) -> Mapping[str, Competitor]:

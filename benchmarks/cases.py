@@ -58,6 +58,8 @@ class Competitor(NamedTuple):
     run: Callable[[], Any]
     results: Callable[[Any], Iterable[Any]]
     """What `run` returned -> the arrays to compare, as NumPy arrays in x's layout."""
+    tolerance: float | None = None
+    """Of a peer known to be inaccurate that is timed all the same; else that of the dtype."""
 
 
 class Data:
@@ -139,12 +141,15 @@ def every(raw: Any) -> Any:
     return raw
 
 
-def disagreement(case: Case, results: Iterable[Any], expected: Iterable[Any]) -> tuple[float, str]:
+def disagreement(
+    case: Case, results: Iterable[Any], expected: Iterable[Any], tolerance: float | None = None
+) -> tuple[float, str]:
     """The largest error, relative to the largest element; and, if that is too much, a sentence that says so.
 
     Of quantized results it is in levels: one is allowed, in the rare ties.
     """
     worst, complaint = 0.0, ""
+    allowed = TOLERANCE.get(case.dtype) if tolerance is None else tolerance
     results, expected = list(results), list(expected)
     if len(results) != len(expected):
         return np.inf, f"{len(results)} results instead of {len(expected)}"
@@ -157,7 +162,7 @@ def disagreement(case: Case, results: Iterable[Any], expected: Iterable[Any]) ->
             wrong = largest > 1 or np.count_nonzero(error) > 1e-3 * error.size
         else:
             largest = float(np.abs(result.astype(np.float64) - reference).max() / np.abs(reference).max())
-            wrong = not largest <= TOLERANCE[case.dtype]  # which a NaN is not either
+            wrong = not largest <= allowed  # which a NaN is not either
         if wrong:
             complaint = f"result {position} is off by {largest:.1e} of its largest element"
         worst = max(worst, largest)

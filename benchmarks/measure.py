@@ -97,7 +97,8 @@ class Runner:
             if not found:
                 left_out[library] = "no kernel for this dtype or operation"
             for name, competitor in found.items():
-                error, complaint = disagreement(case, competitor.results(competitor.run()), expected)
+                results = competitor.results(competitor.run())
+                error, complaint = disagreement(case, results, expected, competitor.tolerance)
                 if complaint and library == SUBJECT:
                     raise ArithmeticError(f"{case.name}: {name}: {complaint}")
                 if complaint:

@@ -9,6 +9,7 @@ from typing import Any
 
 import bars
 import plot
+from cases import TOLERANCE
 
 _HOW = """\
 Every time is a median over turns; in a turn each competitor runs once, in a new order, after untimed calls of its own.
@@ -16,9 +17,10 @@ Ratios are medians of the ratios within a turn, and say how many times as long a
 is the plain public call with fresh outputs, under both settings of malloc, its own recycling of dropped results as it
 comes; `out=` is the same with given ones. Torch runs its native operators without autograd, with given outputs where it
 has such a variant, and in place for add + ReLU; numba's outputs are always given; numpy is the formula as a user writes
-it, in float32, with one thread. All agreed with float64 before they were timed. GB/s counts x's size as often as the
-column *bytes* says, for example 2R+1W; *of copy* is that over the bandwidth of a copy with non-temporal stores at the
-same number of threads, timed in the same turns. Above 100 % the data sat in a cache.
+it, in float32, with one thread. All agreed with float64 before they were timed; torch's layer norm backward in 16 bits,
+marked *, does not (see bench_layer_norm.py). GB/s counts x's size as often as the column *bytes* says, for example
+2R+1W; *of copy* is that over the bandwidth of a copy with non-temporal stores at the same number of threads, timed in
+the same turns. Above 100 % the data sat in a cache.
 """
 
 _MARKS = {True: "met", False: "**not met**", None: "not measured"}
@@ -111,9 +113,12 @@ def _setting(setting: dict[str, Any]) -> Iterator[str]:
 
 def _row(record: dict[str, Any]) -> Iterator[str]:
     seconds, ratios = record["seconds"]["arraynorm"], record["ratios"]
+    tolerance = TOLERANCE.get(record["dtype"], 1)  # of quantized results the errors are in levels
 
     def ratio(name: str | None) -> str:
-        return f"{ratios[name]['median']:.2f}x" if name in ratios else "-"
+        if name not in ratios:
+            return "-"
+        return f"{ratios[name]['median']:.2f}x{'*' if record['errors'][name] > tolerance else ''}"
 
     best = record["best peer"]
     yield record["case"]

@@ -180,6 +180,18 @@ def test_a_peer_with_wrong_results_is_left_out_and_said_to_be_wrong(
     assert record["best peer"] is None
 
 
+def test_a_peer_known_to_be_inaccurate_is_timed_and_marked(
+    bench: Any, runner: Any, layer_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inaccurate = bench("cases").Competitor(lambda: None, lambda _: [np.ones(layer_case.shape, np.float32)], tolerance=2)
+    monkeypatch.setattr(bench("bench_layer_norm"), "with_numpy", lambda data: {"numpy": inaccurate})
+    (record,) = runner.measure(layer_case, [1])
+    assert record["errors"]["numpy"] > bench("cases").TOLERANCE["float32"]
+    assert record["best peer"] == "numpy"
+    starred = [cell for cell in bench("report")._row(record) if "*" in cell]
+    assert len(starred) == 2  # as the best peer, and in NumPy's column
+
+
 def test_wrong_results_of_our_own_end_the_run(
     bench: Any, runner: Any, layer_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
