@@ -233,6 +233,12 @@ def test_results_that_bypass_the_cache_are_those_that_do_not(op, sample):
 STREAMED: dict[str, tuple[tuple[int, ...], Any, Any]] = {
     "rows": ((1027,), lambda x, w, out: an.layer_norm_forward(x, 1027, w, w, out=out), an.layer_norm_backward),
     "rows of an even size": ((2048,), lambda x, w, out: an.rms_norm_forward(x, 2048, w, out=out), an.rms_norm_backward),
+    "rows of RMS norm": ((1027,), lambda x, w, out: an.rms_norm_forward(x, 1027, w, out=out), an.rms_norm_backward),
+    "groups of short runs": (
+        (12, 3),
+        lambda x, w, out: an.group_norm_forward(x, 4, w, w, out=out),
+        an.group_norm_backward,
+    ),
     "short rows": ((8,), lambda x, w, out: an.layer_norm_forward(x, 8, w, w, out=out), an.layer_norm_backward),
     "planes": ((3, 713), lambda x, w, out: an.instance_norm_forward(x, w, w, out=out), an.instance_norm_backward),
     "columns": (
@@ -248,15 +254,15 @@ STREAMED: dict[str, tuple[tuple[int, ...], Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("case", STREAMED)
 @each_level
 def test_what_bypasses_the_cache_goes_where_it_should_and_nowhere_else(case, dtype, level):
     """Into memory that begins at any element of a cache line; each sample's bits are those of some samples alone."""
     sample, run_forward, run_backward = STREAMED[case]
-    channels = sample[0] if case == "planes" else sample[-1]
+    channels = sample[0] if case in ("planes", "groups of short runs") else sample[-1]
     rng = np.random.default_rng(11)
-    x, dy = rng.standard_normal((2, 6, *sample)).astype(dtype)
+    x, dy = rng.standard_normal((2, 6, *sample)).astype(numpy_dtype(dtype))
     w = rng.uniform(0.5, 2, channels)
     times = _STREAMED // (2 * x.nbytes) + 2
     bits = f"uint{8 * x.itemsize}"
@@ -265,7 +271,7 @@ def test_what_bypasses_the_cache_goes_where_it_should_and_nowhere_else(case, dty
         dx = run_backward(dy, cache).dx
         many, many_dy = (np.concatenate([a] * times) for a in (x, dy))
         cache = run_forward(many, w, None)[1]
-        buffer = np.empty(many.size + 128, dtype)
+        buffer = np.empty(many.size + 128, x.dtype)
         for shift in (0, 1, 5, 16 // x.itemsize):
             start = 64 + -buffer.ctypes.data % 64 // buffer.itemsize + shift
             before, out, after = np.split(buffer, [start, start + many.size])

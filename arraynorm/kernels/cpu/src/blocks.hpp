@@ -96,13 +96,13 @@ template <class E, bool centered = true, class Open>
 [[gnu::flatten]] Sums gradient_sums_in(const Blocks& blocks, int64_t part, double set_mean, const Open& open) {
     const Mean<E> mean(set_mean);
     const Pack<E> pivot(mean.rounded);
-    Accumulators accumulators;
+    Accumulators<centered> accumulators;
     blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
         const auto from = open(E{}, run, i);
         auto terms = [=](int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> g = from.template gated<E>(j, count);
             const Pack<E> x = load<E>(from.x + j, count);
-            return Terms{centered ? g : Pack<E>(0), g, first_of(centered ? x - pivot : x, count)};
+            return Terms{g, g, first_of(centered ? x - pivot : x, count)};
         };
         constexpr bool in_any_order = is_in_any_order<decltype(from.gate)>;
         const std::conditional_t<in_any_order, InAnyOrder<decltype(terms)>, decltype(terms)> ordered{terms};

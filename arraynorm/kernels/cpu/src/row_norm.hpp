@@ -17,7 +17,7 @@ template <class T, class Runs>
 inline Moments squares_of(const Runs& runs) {
     using E = Computation<T>;
     Sums sums = sums_about<E, T, false>(0, runs);
-    if (!is_reliable<E>({0, sums.second}, 1)) sums = sums_about<double, T, false>(0, runs);
+    if (!is_reliable<E>(sums, 1)) sums = sums_about<double, T, false>(0, runs);
     return {1, 0, 0, sums.second};
 }
 

@@ -74,7 +74,7 @@ struct ElementsBackward {
 
     // How some rows' dx is written, with what they add to the parameters' gradients.
     enum class Turns {
-        one_by_one,  // each as soon as its sums are taken; those of the gradients stay in the first-level cache
+        one_by_one,  // each after its sums, before those of the next; the gradients' sums go on in an array
         together     // some elements of all rows, and then the next; the gradients' sums stay in registers
     };
 
@@ -89,7 +89,7 @@ struct ElementsBackward {
         // Streamed together, the rows' cache lines must begin at the same elements.
         if (distance % 64 != 0) return Turns::one_by_one;
         // One stream to memory takes 0.86 to 0.96 of the time of eight, if the first-level cache holds the row and what
-        // goes with it; not in 16 bits, which take longer to compute.
+        // it is added to; not in 16 bits, which take longer to compute.
         const int64_t bytes = width * int64_t(3 * sizeof(T) + (centered ? 3 : 2) * sizeof(E));
         return sizeof(T) > 2 && bytes <= 24 * 1024 ? Turns::one_by_one : Turns::together;
     }
@@ -112,29 +112,28 @@ struct ElementsBackward {
         }
     };
 
-    // Sums of the parameters' gradients: in F they go on from row to row; to those in double, what some rows make is
-    // added.
-    enum class SumsOf { rows, all };
-    template <class F, SumsOf of>
-    using Sum = std::conditional_t<of == SumsOf::rows, F, double>;
+    // Sums of the parameters' gradients are carried from row to row in F; or what some rows make is added to totals.
+    template <class F, bool carried>
+    using Sum = std::conditional_t<carried, F, double>;
 
     bool is_row_tame(const RowCoefficients& k) const { return weight.tame() && is_tame<E>(k); }
 
-    // What goes with rows: the weights, the sums, and the distances to what this thread reads next, or 0.
-    template <class F, SumsOf of>
+    // What goes with rows: the weights, the sums, and the distances to what this thread reads next, if it does.
+    template <class F, bool carried>
     struct Company {
         const F* weight;
-        Sum<F, of>*dweight, *dbias;
+        Sum<F, carried>*dweight, *dbias;
+        bool fetches;
         int64_t dy_ahead, x_ahead;
     };
 
     // The elements from j of some rows, `packs` packs of them.
-    template <int packs, bool streams, class F, SumsOf of, class Count>
-    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const Company<F, of>& with,
+    template <int packs, bool streams, class F, bool carried, class Count>
+    [[gnu::always_inline]] static void write_packs(const Row<F>* some, int64_t number, const Company<F, carried>& with,
                                                    int64_t j, Count count) {
         Pack<F> a[packs], b[packs];
         for (int p = 0; p < packs; ++p)
-            if constexpr (of == SumsOf::rows) {
+            if constexpr (carried) {
                 a[p] = load<F>(with.dweight + j + p * lanes, count);
                 if constexpr (centered) b[p] = load<F>(with.dbias + j + p * lanes, count);
             } else {
@@ -142,7 +141,7 @@ struct ElementsBackward {
             }
         for (int64_t r = 0; r < number; ++r) {
             const Row<F>& row = some[r];
-            if (with.dy_ahead)
+            if (with.fetches)
                 for (int64_t line = 0; line < packs * lanes; line += int64_t(64 / sizeof(T))) {
                     prefetch(row.dy + with.dy_ahead + j + line);
                     prefetch(row.x + with.x_ahead + j + line);
@@ -161,7 +160,7 @@ struct ElementsBackward {
         }
         for (int p = 0; p < packs; ++p) {
             const int64_t i = j + p * lanes;
-            if constexpr (of == SumsOf::rows) {
+            if constexpr (carried) {
                 store(with.dweight + i, a[p], count);
                 if constexpr (centered) store(with.dbias + i, b[p], count);
             } else {
@@ -174,10 +173,10 @@ struct ElementsBackward {
 
     // The elements [first, first + width) of `number` rows. `ahead` is the distance to the samples that this thread
     // does next, or 0.
-    template <bool streams, class F, SumsOf of>
+    template <bool streams, class F, bool carried>
     [[gnu::flatten]] void write_by(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width,
-                                   const RowCoefficients* k, int64_t ahead, Sum<F, of>* dweight,
-                                   Sum<F, of>* dbias) const {
+                                   const RowCoefficients* k, int64_t ahead, Sum<F, carried>* dweight,
+                                   Sum<F, carried>* dbias) const {
         constexpr int packs = std::max(1, 4 / Pack<F>::parts);
         const int64_t column = group * rows.channels + first;
         Row<F> some[group_size];
@@ -192,8 +191,9 @@ struct ElementsBackward {
                        Pack<F>(F(k[r].of_x_hat)),
                        Pack<F>(F(k[r].constant))};
         }
-        const Company<F, of> with{weight_of<F>(column), dweight, dbias, ahead * call.dy.sample, ahead * call.x.sample};
-        const Company<F, of> without_next{with.weight, dweight, dbias, 0, 0};
+        const Company<F, carried> with{weight_of<F>(column), dweight, dbias, ahead != 0, ahead * call.dy.sample,
+                                       ahead * call.x.sample};
+        const Company<F, carried> without_next{with.weight, dweight, dbias, false, 0, 0};
         int64_t j = 0;
         auto write_part = [&](int64_t count) __attribute__((always_inline)) {
             if (count == 0) return;
@@ -213,11 +213,12 @@ struct ElementsBackward {
         write_to(width);
         write_part(width - j);
     }
-    template <class F, SumsOf of>
+    // The same, streamed or not.
+    template <class F, bool carried>
     void write_in(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, const RowCoefficients* k,
-                  int64_t ahead, Sum<F, of>* dweight, Sum<F, of>* dbias) const {
-        const auto way =
-            call.streaming ? &ElementsBackward::write_by<true, F, of> : &ElementsBackward::write_by<false, F, of>;
+                  int64_t ahead, Sum<F, carried>* dweight, Sum<F, carried>* dbias) const {
+        const auto way = call.streaming ? &ElementsBackward::write_by<true, F, carried>
+                                        : &ElementsBackward::write_by<false, F, carried>;
         (this->*way)(number, sample, group, first, width, k, ahead, dweight, dbias);
     }
 
@@ -228,31 +229,31 @@ struct ElementsBackward {
     void write(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, int64_t left,
                std::vector<E>& sums, double* dweight, double* dbias, CoefficientsOf coefficients_of) const {
         if (turns_of(number, width) == Turns::one_by_one)
-            return write_one_by_one(number, sample, group, first, width, left, sums, dweight, dbias, coefficients_of);
+            return write_one_by_one(number, sample, group, first, width, left > number, sums, dweight, dbias,
+                                    coefficients_of);
         RowCoefficients k[group_size];
         for (int64_t r = 0; r < number; ++r) k[r] = coefficients_of(r);
         const int64_t ahead = left >= 2 * number ? number : 0;
         if (std::all_of(k, k + number, [&](const auto& row) { return is_row_tame(row); }))
-            return write_in<E, SumsOf::all>(number, sample, group, first, width, k, ahead, dweight, dbias);
-        write_one_by_one(number, sample, group, first, width, left, sums, dweight, dbias,
+            return write_in<E, false>(number, sample, group, first, width, k, ahead, dweight, dbias);
+        write_one_by_one(number, sample, group, first, width, ahead, sums, dweight, dbias,
                          [&](int64_t r) { return k[r]; });
     }
 
-    // In double the rows that need it.
+    // In double the rows that need it. `ahead` as above.
     template <class CoefficientsOf>
-    void write_one_by_one(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, int64_t left,
+    void write_one_by_one(int64_t number, int64_t sample, int64_t group, int64_t first, int64_t width, int64_t ahead,
                           std::vector<E>& sums, double* dweight, double* dbias, CoefficientsOf coefficients_of) const {
-        sums.assign(2 * width, E(0));
+        sums.assign((centered ? 2 : 1) * width, E(0));
         for (int64_t r = 0; r < number; ++r) {
             const RowCoefficients k = coefficients_of(r);
-            const int64_t ahead = left > r + 1;
             if (is_row_tame(k))
-                write_in<E, SumsOf::rows>(1, sample + r, group, first, width, &k, ahead, sums.data(),
-                                          sums.data() + width);
+                write_in<E, true>(1, sample + r, group, first, width, &k, ahead, sums.data(), sums.data() + width);
             else
-                write_in<double, SumsOf::all>(1, sample + r, group, first, width, &k, ahead, dweight, dbias);
+                write_in<double, false>(1, sample + r, group, first, width, &k, ahead, dweight, dbias);
         }
-        for (int64_t j = 0; j < width; ++j) dweight[j] += double(sums[j]), dbias[j] += double(sums[width + j]);
+        for (int64_t j = 0; j < width; ++j) dweight[j] += double(sums[j]);
+        for (int64_t j = 0; centered && j < width; ++j) dbias[j] += double(sums[width + j]);
     }
 
     // All of the rows of some samples and groups.

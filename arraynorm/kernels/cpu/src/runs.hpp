@@ -88,7 +88,8 @@ struct Partial {
     }
 };
 
-// Two sums over runs.
+// Two sums over runs, or the second alone.
+template <bool both = true>
 class Accumulators {
 public:
     // terms(i, count) are those of the elements from i, zero past count; they are read from `streams`.
@@ -122,7 +123,7 @@ public:
 private:
     template <class E>
     [[gnu::always_inline]] void add(Pack<E> first, Pack<E> second) {
-        first_ = first_ + widened(first);
+        if constexpr (both) first_ = first_ + widened(first);
         second_ = second_ + widened(second);
     }
     template <class E>
@@ -161,17 +162,16 @@ struct Moments {
 };
 
 // Sums of d and d^2, d = x - pivot, over all runs of a block; runs(f) calls f(start, length, fetched...) for each,
-// where what else memory is to bring meanwhile may be named. Not `centered`, of x^2 alone: compilers leave out the sums
-// of constant zeros.
+// where what else memory is to bring meanwhile may be named. Not `centered`, of x^2 alone.
 template <class E, class T, bool centered = true, class Runs>
 [[gnu::flatten]] Sums sums_about(E pivot, const Runs& runs) {
     const Pack<E> k(pivot);
-    Accumulators sums;
+    Accumulators<centered> sums;
     runs([&](const T* x, int64_t n, const auto*... fetched) __attribute__((always_inline)) {
         sums.run(n, InAnyOrder{[=](int64_t i, auto count) __attribute__((always_inline)) {
                      // of the deviations, for a pivot that T can't hold
                      const Pack<E> value = load<E>(x + i, count), d = first_of(centered ? value - k : value, count);
-                     return Terms{centered ? d : Pack<E>(0), d, d};
+                     return Terms{d, d, d};
                  }},
                  x, fetched...);
     });
