@@ -88,8 +88,8 @@ struct ElementsBackward {
         if (!call.streaming) return Turns::together;
         // Streamed together, the rows' cache lines must begin at the same elements.
         if (distance % 64 != 0) return Turns::one_by_one;
-        // One stream to memory takes 0.86 to 0.96 of the time of eight, if the first-level cache holds the row and what
-        // it is added to; not in 16 bits, which take longer to compute.
+        // One stream to memory takes 0.86 to 0.96 of the time of eight, if the first-level cache holds the row, the
+        // weights and the gradients' sums; not in 16 bits, which take longer to compute.
         const int64_t bytes = width * int64_t(3 * sizeof(T) + (centered ? 3 : 2) * sizeof(E));
         return sizeof(T) > 2 && bytes <= 24 * 1024 ? Turns::one_by_one : Turns::together;
     }
