@@ -89,7 +89,7 @@ inline bool is_tame(const BatchNormForward& call, int64_t c) {
 template <class E>
 inline bool is_tame(const BatchNormBackward& call, int64_t c) {
     const BackwardCoefficients k = backward_coefficients(call, c);
-    return is_tame<E>(call.mean_dy ? call.mean[c] : 0, k.of_dy) && is_tame<E>(k.constant, k.of_deviation);
+    return is_tame<E>(call.mean_dy ? call.mean[c] : 0, k.of_dy) & is_tame<E>(k.constant, k.of_deviation);
 }
 
 inline void keep_statistics(const BatchNormForward& call, int64_t c, const Moments& moments) {
@@ -100,12 +100,12 @@ inline void keep_statistics(const BatchNormForward& call, int64_t c, const Momen
 
 // `sums` are those of g and of g * (x - mean), where g is dy past the mask.
 inline void keep_sums(const BatchNormBackward& call, int64_t c, Sums sums) {
+    const double n = double(std::max<int64_t>(call.volume.plane_size(), 1)), of_x_hat = sums.second * call.rstd[c];
     call.dbias[c] = sums.first;
-    call.dweight[c] = sums.second * call.rstd[c];
+    call.dweight[c] = of_x_hat;
     if (!call.mean_dy) return;
-    const double n = double(std::max<int64_t>(call.volume.plane_size(), 1));
-    call.mean_dy[c] = call.dbias[c] / n;
-    call.mean_dy_x_hat[c] = call.dweight[c] / n;
+    call.mean_dy[c] = sums.first / n;
+    call.mean_dy_x_hat[c] = of_x_hat / n;
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA

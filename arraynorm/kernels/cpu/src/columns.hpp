@@ -173,7 +173,8 @@ private:
                 for (int k = 0; k < number.value; ++k) {
                     if constexpr (Fetches::value) fetch_below(row + k, j, stream), (fetch_below(row + k, j, more), ...);
                     for (int p = 0; p < packs.value; ++p) {
-                        const auto t = terms(row + k, j + p * lanes, count);
+                        // not const: GCC 12 would store it on the stack, too
+                        auto t = terms(row + k, j + p * lanes, count);
                         a[p] = k == 0 ? t.first : a[p] + t.first;
                         b[p] = k == 0 ? t.a * t.b : fma(t.a, t.b, b[p]);
                     }
@@ -293,6 +294,9 @@ inline void over_spans(const std::vector<char>& chosen, Visit visit) {
 // add(type, span, centers, sums) adds up the span's channels' sums about their centers, in the type of its first
 // argument. The first look at all is in E, about pivots. Channels for which that does not do are looked at twice more,
 // in double: about one of their elements, and then about the mean that this gives.
+//
+// Here and below, what is done for each channel stands in plain loops without branches, which compilers make vectors
+// of: the divisions and roots of many channels, one by one, take longer than the elements of a small batch.
 template <class E, class T, class Add, class Take>
 inline void channel_moments(RowsOf<const T> x, const Tile& tile, Add add, Take take) {
     const int64_t channels = tile.channels;
@@ -306,56 +310,55 @@ inline void channel_moments(RowsOf<const T> x, const Tile& tile, Add add, Take t
     std::vector<Sums> sums(channels);
     add(E{}, Span{0, channels}, centers.data(), sums.data());
     std::vector<char> rest(channels);
-    bool all = true;
-    for (int64_t c = 0; c < channels; ++c) {
-        rest[c] = !is_reliable<E>(sums[c], n);
-        all &= !rest[c];
-        if (!rest[c]) take(c, moments_about(centers[c], n, sums[c]));
-    }
-    if (all) return;
+    char any = false;
+    for (int64_t c = 0; c < channels; ++c) any |= rest[c] = !is_reliable<E>(sums[c], n);
+    std::vector<Moments> found(channels);
+    for (int64_t c = 0; c < channels; ++c) found[c] = moments_about(centers[c], n, sums[c]);
     auto look_again = [&](Span span) {
         std::fill(sums.begin() + span.begin, sums.begin() + span.end, Sums{});
         add(double{}, span, centers.data() + span.begin, sums.data() + span.begin);
     };
-    over_spans(rest, [&](Span span) {
-        for (int64_t c = span.begin; c < span.end; ++c) centers[c] = to_float(*x.at(0, c * tile.s));
-        look_again(span);
-        for (int64_t c = span.begin; c < span.end; ++c) centers[c] += sums[c].first / n;
-        look_again(span);
-        for (int64_t c = span.begin; c < span.end; ++c)
-            if (rest[c]) take(c, moments_about(centers[c], n, sums[c]));
-    });
+    if (any)
+        over_spans(rest, [&](Span span) {
+            for (int64_t c = span.begin; c < span.end; ++c) centers[c] = to_float(*x.at(0, c * tile.s));
+            look_again(span);
+            for (int64_t c = span.begin; c < span.end; ++c) centers[c] += sums[c].first / n;
+            look_again(span);
+            for (int64_t c = span.begin; c < span.end; ++c)
+                if (rest[c]) found[c] = moments_about(centers[c], n, sums[c]);
+        });
+    for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
 }
 
 // The sums of g and of g * (x - mean) of channels, told and added up as those of channel_moments: about means as the
 // type has them, in E and, of channels for which that is not tame or the sums are not what they should be, in double.
 template <class E, class MeanOf, class IsTame, class Add, class Take>
 inline void channel_products(int64_t channels, MeanOf mean_of, IsTame is_tame, Add add, Take take) {
-    std::vector<char> rest(channels, true);
     std::vector<double> means(channels);
-    std::vector<Sums> sums(channels);
+    std::vector<Sums> sums(channels), found(channels);
     auto look = [&](auto type, Span span) {
-        using F = decltype(type);
         for (int64_t c = span.begin; c < span.end; ++c) {
-            means[c] = double(Mean<F>(mean_of(c)).rounded);
+            means[c] = double(Mean<decltype(type)>(mean_of(c)).rounded);
             sums[c] = {};
         }
         add(type, span, means.data() + span.begin, sums.data() + span.begin);
-        bool all = true;
-        for (int64_t c = span.begin; c < span.end; ++c) {
-            if (!rest[c]) continue;
-            Sums found = sums[c];
-            found.second = Mean<F>(mean_of(c)).constant(found.first, found.second);
-            if (span.again || (is_tame(c) && is_representable<F>(found)))
-                rest[c] = false, take(c, found);
-            else
-                all = false;
-        }
-        return all;
     };
-    if (look(E{}, Span{0, channels})) return;
-    const std::vector<char> chosen = rest;
-    over_spans(chosen, [&](Span span) { look(double{}, span); });
+    auto sums_about_mean = [&](auto type, int64_t c) -> Sums {
+        const double first = sums[c].first;
+        return {first, Mean<decltype(type)>(mean_of(c)).constant(first, sums[c].second)};
+    };
+    look(E{}, Span{0, channels});
+    for (int64_t c = 0; c < channels; ++c) found[c] = sums_about_mean(E{}, c);
+    std::vector<char> rest(channels);
+    char any = false;
+    for (int64_t c = 0; c < channels; ++c) any |= rest[c] = !(is_tame(c) & is_representable<E>(found[c]));
+    if (any)
+        over_spans(rest, [&](Span span) {
+            look(double{}, span);
+            for (int64_t c = span.begin; c < span.end; ++c)
+                if (rest[c]) found[c] = sums_about_mean(double{}, c);
+        });
+    for (int64_t c = 0; c < channels; ++c) take(c, found[c]);
 }
 
 // -- writing --------------------------------------------------------------------------------------------------
@@ -371,8 +374,14 @@ public:
     void set(int64_t j, int64_t some, const std::array<double, number>& values) {
         for (size_t v = 0; v < number; ++v) {
             E* first = values_.data() + v * width_ + j;
-            *first = E(values[v]);  // mostly there is no other
-            std::fill(first + 1, first + some, *first);
+            std::fill(first, first + some, E(values[v]));
+        }
+    }
+    // The first columns again beside themselves, so that they stand there so often.
+    void repeat(int64_t columns, int64_t times) {
+        for (size_t v = 0; v < number; ++v) {
+            E* first = values_.data() + v * width_;
+            for (int64_t k = 1; k < times; ++k) std::copy_n(first, columns, first + k * columns);
         }
     }
     template <class Count>
@@ -391,13 +400,15 @@ private:
 template <class E, class IsTame, class Of>
 inline auto values_of(const Tile& tile, IsTame is_tame, Of of) {
     constexpr size_t number = std::tuple_size_v<decltype(of(E{}, tile.first))>;
-    std::pair found(ColumnValues<E, number>(tile.width()), true);
-    for (int64_t c = 0; c < tile.channels; ++c) {
-        const std::array<double, number> channel = of(E{}, tile.first + c);
-        for (int64_t j = c * tile.s; j < tile.width(); j += tile.channels * tile.s) found.first.set(j, tile.s, channel);
-        found.second &= is_tame(tile.first + c);
-    }
-    return found;
+    ColumnValues<E, number> values(tile.width());
+    auto set_all = [&](auto columns) {
+        for (int64_t c = 0; c < tile.channels; ++c) values.set(c * columns, columns, of(E{}, tile.first + c));
+    };
+    tile.s == 1 ? set_all(std::integral_constant<int64_t, 1>{}) : set_all(tile.s);
+    values.repeat(tile.channels * tile.s, tile.repeat);
+    char tame = true;
+    for (int64_t c = 0; c < tile.channels; ++c) tame &= is_tame(tile.first + c);
+    return std::pair(std::move(values), bool(tame));
 }
 
 // body(write_rows) with a function for any rows of the tile's channels, write_rows(tile), that hands them to
@@ -425,10 +436,12 @@ template <class T, class Values, class Value, class... Streams>
     const int64_t unit = y.distance == tile.width() ? 16 : 64;
     const bool stream_all = streaming && reinterpret_cast<uintptr_t>(y.start) % unit == 0 && bytes % unit == 0;
     auto write = [&](auto at_once, auto streams) __attribute__((always_inline)) {
-        over_rows<at_once.value, line_packs<T>>(
+        using P = decltype(values.at(0, Full{}));
+        // Values that are loaded for some rows are to have room in the sixteen registers, beside what is computed.
+        constexpr bool have_room = line_packs<T> * sizeof(P) <= 14 * register_bytes;
+        over_rows<at_once.value, at_once.value == 1 || have_room ? line_packs<T> : 1>(
             tile, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 if constexpr (streams.value) (read.fetch(row, j), ...);
-                using P = decltype(values.at(j, count));
                 P of[packs.value];
                 for (int p = 0; p < packs.value; ++p) of[p] = values.at(j + p * lanes, count);
                 auto of_pack = [&](int k, int p) __attribute__((always_inline)) {

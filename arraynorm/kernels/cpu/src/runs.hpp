@@ -51,7 +51,10 @@ struct Mean {
     explicit Mean(double mean) : rounded(E(mean)), rest(std::isfinite(mean) ? mean - double(rounded) : 0) {}
 
     // The constant of (x - mean) * scale + constant, where x - rounded stands for x - mean.
-    double constant(double scale, double constant) const { return rest == 0 ? constant : constant - rest * scale; }
+    double constant(double scale, double constant) const {
+        const double exact = constant - rest * scale;  // NaN where scale is infinite
+        return rest == 0 ? constant : exact;
+    }
 };
 
 // -- sums -----------------------------------------------------------------------------------------------------
@@ -179,12 +182,12 @@ template <class E, class T, bool centered = true, class Runs>
 }
 
 // Whether a sum of squares in E is neither out of range nor mostly cancelled by the shift of the pivot. Zero may be
-// what has become of small ones.
+// what has become of small ones. (Without branches, as what follows: loops over channels are to be vectorized.)
 template <class E>
 inline bool is_reliable(Sums sums, double n) {
-    const bool in_range = std::is_same_v<E, double> ? std::isfinite(sums.second) && std::isfinite(sums.first)
-                                                    : sums.second > 1e-25 && sums.second < 1e30;
-    return in_range && sums.first * sums.first <= 0.75 * n * sums.second;
+    const bool in_range = std::is_same_v<E, double> ? std::isfinite(sums.second) & std::isfinite(sums.first)
+                                                    : (sums.second > 1e-25) & (sums.second < 1e30);
+    return in_range & (sums.first * sums.first <= 0.75 * n * sums.second);
 }
 
 // Where sums of deviations start from: the mean of the first elements, up to eight of them. A power of two, so that the
@@ -266,7 +269,7 @@ inline bool is_moderate(V factor) {
 // Whether (x - mean) * scale can be computed in E, for any x of which these are statistics.
 template <class E>
 inline bool is_tame(double mean, double scale) {
-    return std::is_same_v<E, double> || std::isnan(scale) || (std::abs(mean) < 0x1p50 && is_moderate(scale));
+    return std::is_same_v<E, double> || std::isnan(scale) | ((std::abs(mean) < 0x1p50) & is_moderate(scale));
 }
 
 // Whether sums of products in E have neither overflowed nor underflowed; those of zeros alone are asked for again.
@@ -274,7 +277,7 @@ template <class E>
 inline bool is_representable(Sums sums) {
     if (std::is_same_v<E, double>) return true;
     const double size = std::abs(sums.second);
-    return std::isfinite(sums.first) && size < 1e30 && size > 1e-30;
+    return std::isfinite(sums.first) & (size < 1e30) & (size > 1e-30);
 }
 
 // f(E{}) where E will do, else f(double{}).

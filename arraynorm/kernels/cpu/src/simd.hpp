@@ -37,6 +37,7 @@ struct Pack {
     static constexpr int width = register_bytes / sizeof(E);
     static constexpr int parts = lanes / width;
     typedef E Register __attribute__((vector_size(register_bytes)));
+    typedef E Unaligned __attribute__((vector_size(register_bytes), aligned(alignof(E)), may_alias));
     Register part[parts];
 
     Pack() = default;
@@ -323,8 +324,8 @@ template <class E, class T>
 [[gnu::always_inline]] inline Pack<E> load(const T* p) {
     if constexpr (std::is_same_v<E, T>) {
         Pack<E> r;
-        // a register at a time: a whole pack would be copied through the stack, in pieces of another size
-        for (int i = 0; i < Pack<E>::parts; ++i) std::memcpy(&r.part[i], p + i * Pack<E>::width, register_bytes);
+        for (int i = 0; i < Pack<E>::parts; ++i)
+            r.part[i] = *reinterpret_cast<const typename Pack<E>::Unaligned*>(p + i * Pack<E>::width);
         return r;
     } else if constexpr (std::is_same_v<T, float>) {
         return widened(p);
@@ -436,7 +437,8 @@ template <class T, class E>
     if constexpr (sizeof(T) == 2)
         std::memcpy(p, &r, sizeof r);
     else
-        for (int i = 0; i < decltype(r)::parts; ++i) std::memcpy(p + i * Pack<T>::width, &r.part[i], register_bytes);
+        for (int i = 0; i < decltype(r)::parts; ++i)
+            *reinterpret_cast<typename Pack<T>::Unaligned*>(p + i * Pack<T>::width) = r.part[i];
 }
 
 template <class T, class E>
