@@ -45,18 +45,22 @@ def faults_of_fresh_memory() -> int:
     return faults
 
 
+def caches() -> dict[str, str]:
+    """The sizes of a core's caches, such as 2048K of "L2 Unified"; none where the system does not say."""
+    return {
+        f"L{_text(index / 'level').strip()} {_text(index / 'type').strip()}": _text(index / "size").strip()
+        for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    }
+
+
 def _machine() -> dict[str, Any]:
     info = _text("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-    caches = Path("/sys/devices/system/cpu/cpu0/cache")
     return {
         "processor": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "caches": {
-            f"L{_text(index / 'level').strip()} {_text(index / 'type').strip()}": _text(index / "size").strip()
-            for index in sorted(caches.glob("index*"))
-        },
+        "caches": caches(),
         "virtual": "hypervisor" in info,
         "system": f"{platform.system()} {platform.release()}",
         "libc": " ".join(platform.libc_ver()),

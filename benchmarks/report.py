@@ -20,7 +20,9 @@ has such a variant, and in place for add + ReLU; numba's outputs are always give
 it, in float32, with one thread. All agreed with float64 before they were timed; torch's layer norm backward in 16 bits,
 marked *, does not (see bench_layer_norm.py). GB/s counts x's size as often as the column *bytes* says, for example
 2R+1W; *of copy* is that over the bandwidth of a copy with non-temporal stores at the same number of threads, timed in
-the same turns. Above 100 % the data sat in a cache.
+the same turns. Above 100 % the data sat in a cache. *of roof* is how much of our time a loop takes that reads as many
+arrays of that size and writes as many, and computes nothing (see roof.py); a bar is *out of memory's reach* for a case
+where that loop would miss it, too.
 """
 
 _MARKS = {True: "met", False: "**not met**", None: "not measured"}
@@ -102,6 +104,7 @@ def _setting(setting: dict[str, Any]) -> Iterator[str]:
         "bytes",
         "GB/s",
         "of copy",
+        "of roof",
         "best peer",
         "torch",
         "numpy",
@@ -128,6 +131,8 @@ def _row(record: dict[str, Any]) -> Iterator[str]:
     yield f"{record['read']}R+{record['written']}W"
     yield f"{record['GB/s']:.1f}"
     yield f"{record['fraction of copy']:.0%}"
+    share = bars.of_roof(record)
+    yield f"{share:.0%}" if share else "-"
     yield f"{ratio(best)} {best}" if best else "-"
     yield ratio(record["best torch"])
     yield ratio("numpy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -20,8 +21,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HIDDEN = ("torch", "numba")
 RECORD = {
     *("case", "norm", "op", "shape", "dtype", "layout", "groups", "tags", "read", "written", "threads", "bytes"),
-    *("seconds", "ratios", "best peer", "best torch", "GB/s", "copy GB/s", "fraction of copy", "errors", "left out"),
+    *("seconds", "ratios", "best peer", "best torch", "GB/s", "copy GB/s", "fraction of copy", "roof", "errors"),
+    "left out",
 }
+RELU = "batch_norm_add_relu"
 
 
 @pytest.fixture
@@ -98,6 +101,7 @@ def test_every_record_says_all_that_the_report_needs(quick: Quick) -> None:
         for seconds in record["seconds"].values():
             assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"]
             assert seconds["turns"] >= 3
+        assert record["roof"] > 0
         assert record["best peer"] == "numpy"
         assert record["best torch"] is None
 
@@ -285,6 +289,50 @@ def test_the_copy_copies_everything_on_any_number_of_threads(bench: Any, threads
     np.testing.assert_array_equal(target, source)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("norm", "op"), [("layer_norm", "forward"), ("rms_norm", "backward"), (RELU, "backward")])
+def test_the_roof_moves_all_that_the_case_does(bench: Any, norm: str, op: str, threads: int) -> None:
+    roof, case = bench("roof").Roof(), bench("cases").Case(norm, op, (70, 333), read=2, written=1 + (norm == RELU))
+    size = case.nbytes
+    for streams in (False, True):
+        arrays = [(ctypes.c_uint8 * size).from_address(address) for address in roof._arrays(4, -(-size // 64) * 64)]
+        *read, first, second = (np.frombuffer(array, np.uint8) for array in arrays)
+        for array in read:
+            array[:] = np.random.default_rng(threads).integers(0, 256, size, np.uint8)
+        read[1] += 1
+        first[:] = second[:] = 0
+        assert min(roof._run(case, threads, streams, 3)) > 0
+        np.testing.assert_array_equal(first, read[0] ^ read[1])
+        np.testing.assert_array_equal(second, first if case.written == 2 else 0)
+
+
+def test_what_the_caches_do_not_hold_of_a_set_is_read_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    roof, case = bench("roof"), bench("cases").Case
+    monkeypatch.setattr(roof, "_level_2_bytes", lambda: 1 << 20)
+    large = (64, 64, 112, 112)  # channels of 3 MB
+    everything = int(np.prod(large)) * 4
+    looked, again = roof.read_again(case("batch_norm", "forward", large), 1)
+    assert (looked, again / everything) == (1, pytest.approx(1 - 2**20 / (64 * 112 * 112 * 4), rel=1e-5))
+    looked, again = roof.read_again(case("batch_norm", "backward", large, read=2), 2)
+    assert (looked, again / everything) == (2, pytest.approx(1 - 2 * 2**20 / (2 * 64 * 112 * 112 * 4), rel=1e-5))
+    for held in (
+        case("batch_norm", "forward", (32, 64, 56, 56)),
+        case("batch_norm", "forward", (256, 1024)),
+        case("instance_norm", "backward", large, read=2),
+        case("layer_norm", "backward", (8, 4096), read=2),
+    ):
+        assert roof.read_again(held, 1)[1] == 0
+    assert roof.read_again(case("batch_norm", "frozen forward", large), 1) == (0, 0)  # its statistics are given
+    # sixteen channels come with a line: 6 MB together
+    looked, again = roof.read_again(case("batch_norm", "forward", (32, 64, 56, 56), layout="channels last"), 1)
+    assert again > 0.8 * 32 * 64 * 56 * 56 * 4
+
+
+def test_without_a_compiler_there_is_no_roof(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench("roof"), "compiled", lambda: (None, "no C compiler"))
+    assert bench("roof").Roof().seconds(bench("cases").Case("layer_norm", "forward", (8, 64)), 1) is None
+
+
 # -- the report ------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +367,10 @@ def test_one_case_below_a_bar_is_enough_to_miss_it_and_is_named(bench: Any) -> N
     assert [verdict.bar for verdict in missed] == ["RMS backward"]
     assert missed[0].found.startswith("worst 5.90x (rms_norm backward 4096x768 float32, 1 thr)")
     assert missed[0].found.endswith("1 of 4 below")
+    for roof, reach in ((1.0, ""), (1.5, ", 1 of these out of memory's reach")):  # 8.9x and 5.9x there
+        record |= {"seconds": {"arraynorm": {"median": 1.5}}, "roof": roof}
+        missed = [verdict for verdict in bench("bars").verdicts(results, None) if verdict.met is False]
+        assert missed[0].found.endswith("1 of 4 below" + reach)
 
 
 def test_a_cliff_is_found_and_timed_again_beside_its_neighbour(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
