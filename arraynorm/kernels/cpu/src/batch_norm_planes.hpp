@@ -131,6 +131,7 @@ void forward_planes(const BatchNormForward& call) {
         });
     }
     const Blocks blocks(v.n, v.s);
+    const bool early = is_fetched_early(v.size() * sizeof(T), v.s * sizeof(T), false);
     over_sets<Moments>(
         v.c, MemoryOrder::by_parts, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
@@ -140,7 +141,7 @@ void forward_planes(const BatchNormForward& call) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const ForwardPlane<T, decltype(e)> plane(call, c);
                 blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr, ends);
+                    plane.write(n, i, length, ahead && early ? call.x.at<const T>(n, c + ahead) + i : nullptr, ends);
                 });
             });
         });
@@ -283,6 +284,7 @@ void backward_planes(const BatchNormBackward& call) {
         if (is_written_at_once(call)) writes = false;
     } else if (call.reduces) {
         const Blocks blocks(v.n, v.s);
+        const bool early = is_fetched_early(v.size() * sizeof(T), v.s * sizeof(T), false);
         over_sets<Sums>(
             v.c, MemoryOrder::by_parts, blocks.parts(), bytes, is_written_by_channels<T>(call),
             [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
@@ -292,7 +294,7 @@ void backward_planes(const BatchNormBackward& call) {
                     const BackwardPlane<T, decltype(e), Mask> plane(call, c);
                     blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
                         plane.write(n, i, length, ahead ? call.dy.at<const T>(n, c + ahead) + i : nullptr,
-                                    ahead ? call.x.at<const T>(n, c + ahead) + i : nullptr);
+                                    ahead && early ? call.x.at<const T>(n, c + ahead) + i : nullptr);
                     });
                 });
             });

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "caches.hpp"
 #include "calls.hpp"
 #include "parallel.hpp"
 #include "runs.hpp"
@@ -134,6 +135,14 @@ inline constexpr int64_t most_in_bundle = 8;
 // Bytes of a set, inputs and outputs, up to which the next one's inputs are fetched while it is written; measured with
 // a second-level cache of 2 MiB.
 inline constexpr int64_t largest_with_next = int64_t(3) << 19;
+// Whether x of the next set is fetched while this one is written, or else by that set's own sums. Of all that is read
+// and written, each of the two is to have its share: where sums have nothing else to fetch, x with them takes 0.8 to
+// 0.95 of the time. But not x that comes out of memory itself, for which they would wait, up to 1.2 times as long; nor
+// runs of less than a page, for what fetches by itself has to find out about each of them; rows one behind the other
+// are one run.
+inline bool is_fetched_early(int64_t bytes_of_x, int64_t bytes_of_run, bool sums_fetch_results) {
+    return sums_fetch_results || bytes_of_run < 4096 || exceeds_cache(bytes_of_x);
+}
 inline int64_t bundle_of(int64_t bytes_each) {
     return std::clamp<int64_t>(8192 / std::max<int64_t>(1, bytes_each), 1, most_in_bundle);
 }

@@ -136,6 +136,7 @@ void forward_elements(const RowNormForward& call) {
     constexpr int64_t most = 16;
     const int64_t bundle = rows_in_cache<T>(rows.channels, rows.channels <= 256 ? most : 4);
     const int64_t share = std::max<int64_t>(1, rows.count() / (8 * num_threads()));
+    const bool early = is_fetched_early(bytes / 2, bytes / 2, !call.streaming);
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
         const int64_t end = std::min(rows.count(), (item + 1) * share);
         Moments found[most];
@@ -149,7 +150,7 @@ void forward_elements(const RowNormForward& call) {
                     const int64_t shift = rows.channels > segment ? to_line(start_of<T>(rows, call.y, r)) : 0;
                     const int64_t from = first ? std::min(first + shift, rows.channels) : 0,
                                   to = std::min(first + segment + shift, rows.channels);
-                    write(r, from, to - from, r + bundle < end ? bundle : 0);
+                    write(r, from, to - from, early && r + bundle < end ? bundle : 0);
                 }
         }
         if (call.streaming) finish_streaming();

@@ -191,8 +191,14 @@ struct ElementsBackward {
                        Pack<F>(F(k[r].of_x_hat)),
                        Pack<F>(F(k[r].constant))};
         }
-        const Company<F, carried> with{weight_of<F>(column), dweight, dbias, ahead != 0, ahead * call.dy.sample,
-                                       ahead * call.x.sample};
+        const int64_t bytes_of_x = call.rows.elements() * sizeof(T);
+        const bool early = is_fetched_early(bytes_of_x, bytes_of_x, !call.streaming);
+        const Company<F, carried> with{weight_of<F>(column),
+                                       dweight,
+                                       dbias,
+                                       ahead != 0,
+                                       ahead * call.dy.sample,
+                                       early ? ahead * call.x.sample : 0};
         const Company<F, carried> without_next{with.weight, dweight, dbias, false, 0, 0};
         int64_t j = 0;
         auto write_part = [&](int64_t count) __attribute__((always_inline)) {

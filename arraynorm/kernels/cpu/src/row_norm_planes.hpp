@@ -33,6 +33,7 @@ void forward_planes(const RowNormForward& call) {
     using E = Computation<T>;
     const Rows& rows = call.rows;
     const Blocks blocks(rows.channels, rows.size);
+    const bool early = is_fetched_early(rows.elements() * sizeof(T), rows.size * sizeof(T), !call.streaming);
     auto tame = [&](int64_t row) {
         const int64_t first = row % rows.groups * rows.channels;
         for (int64_t k = first; k < first + rows.channels; ++k)
@@ -44,7 +45,8 @@ void forward_planes(const RowNormForward& call) {
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
         [&](int64_t row, int64_t part, int64_t ahead) {
-            computed<E>(tame(row), [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, ahead); });
+            computed<E>(tame(row),
+                        [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, early ? ahead : 0); });
         });
 }
 
@@ -71,8 +73,9 @@ template <class T, class E>
                                     const Blocks& blocks, int64_t sample, int64_t channel, int64_t part, int64_t next) {
     const int64_t next_sample = next / call.rows.parameters(), next_channel = next % call.rows.parameters();
     const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
+    const bool early = is_fetched_early(call.rows.elements() * sizeof(T), call.rows.size * sizeof(T), !call.streaming);
     const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
-                  x_ahead = call.x.at<const T>(next_sample, next_channel) - all_x;
+                  x_ahead = early ? call.x.at<const T>(next_sample, next_channel) - all_x : 0;
     const Mean<E> mean(k.mean);
     const Pack<E> pivot(mean.rounded), of_dy{E(scale)}, of_deviation(E(k.of_deviation())),
         constant(E(mean.constant(k.of_deviation(), k.constant)));
