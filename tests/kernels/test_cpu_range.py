@@ -84,6 +84,42 @@ def test_a_row_beyond_the_range_changes_no_bit_of_the_others():
     assert np.delete(other, 3, axis=0).tobytes() == np.delete(dx, 3, axis=0).tobytes()
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(4, 0), (20, 0), (0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_rows_without_elements_have_the_statistics_of_the_reference(dtype: str, shape: tuple[int, int], norm: str):
+    x = np.zeros(shape, dtype)
+    _, cache = NORMS[norm](x)
+    with only("reference"):
+        _, expected = NORMS[norm](x)
+    np.testing.assert_array_equal(cache.rstd, expected.rstd)
+    if norm == "layer_norm":
+        np.testing.assert_array_equal(cache.mean, expected.mean)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(37, 16), (37, 100), (21, 300), (9, 2056)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_row_has_the_bits_that_it_has_alone(dtype: str, shape: tuple[int, int], norm: str):
+    """Short ones are reduced some at a time: with large and small ones, equal elements, infinity and NaN."""
+    x = RNG.standard_normal(shape)
+    x[1::7] *= 1e4 if dtype == "float16" else 1e25
+    x[2::7] = 3
+    x[3::7, -1] = np.inf
+    x[4::7, 0] = np.nan
+    x[5::7] *= 1e-30
+    x = x.astype(dtype)
+    y, cache = NORMS[norm](x)
+    for row in range(len(x)):
+        y_alone, alone = NORMS[norm](x[row : row + 1])
+        assert y_alone.tobytes() == y[row].tobytes()
+        assert np.array_equal(alone.rstd.ravel(), cache.rstd.ravel()[row : row + 1], equal_nan=True)
+        if norm == "layer_norm":
+            assert np.array_equal(alone.mean.ravel(), cache.mean.ravel()[row : row + 1], equal_nan=True)
+    assert not y[2::7].any() or norm == "rms_norm"
+    assert np.isfinite(y[np.isfinite(x).all(axis=1)]).all()
+
+
 @pytest.mark.parametrize("shape", [(7, 4), (16, 4), (63, 9), (100, 4), (16, 4, 3), (2, 4, 64), (64, 4, 9)])
 @pytest.mark.parametrize(("value", "dtype"), [(1e38, "float32"), (1e308, "float64"), (1.23e200, "float64")])
 def test_equal_elements_have_no_deviation_however_large_their_sum(shape: tuple[int, ...], value: float, dtype: str):

@@ -37,17 +37,33 @@ inline const T* fetched_with(const T* x, const T* result, const Rows& rows, bool
     return streaming || is_short ? x : result;
 }
 
+// runs(f) calls f(x, length, fetched) for the pieces of a part of a row.
 template <class T>
-Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
+inline auto runs_of(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
     const T* x = start_of<const T>(call.rows, call.x, row);
     const T* fetched = fetched_with(x, start_of<const T>(call.rows, call.y, row), call.rows, call.streaming);
-    const int64_t distance = fetched == x ? call.x.channel : call.y.channel;
-    auto runs = [&](auto f) __attribute__((always_inline)) {
+    const int64_t of_x = call.x.channel, of_fetched = fetched == x ? of_x : call.y.channel;
+    return [=, &blocks](auto f) __attribute__((always_inline)) {
         blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) __attribute__((always_inline)) {
-            f(x + run * call.x.channel + i, length, fetched + run * distance + i);
+            f(x + run * of_x + i, length, fetched + run * of_fetched + i);
         });
     };
+}
+
+template <class T>
+Moments row_moments(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part) {
+    const auto runs = runs_of<T>(call, blocks, row, part);
     return call.mean ? moments_of<T>(runs) : squares_of<T>(runs);
+}
+
+// Of a whole row, of which the pivot is known.
+template <class T, bool centered>
+Moments row_moments_about(const RowNormForward& call, const Blocks& blocks, int64_t row, double pivot) {
+    using E = Computation<T>;
+    const auto runs = runs_of<T>(call, blocks, row, 0);
+    if constexpr (!centered) return squares_of<T>(runs);
+    return moments_by<E>(sums_about<E, T>(E(pivot), runs), pivot, double(call.rows.channels),
+                         start_of<const T>(call.rows, call.x, row), runs);
 }
 
 // has_infinity() tells whether the row has an infinite element.

@@ -102,6 +102,37 @@ template <class T, class E, bool centered>
     });
 }
 
+// Rows that are reduced one after the other before the first of them is written.
+inline constexpr int64_t most_rows = 16;
+
+// The statistics of some short rows. What is made of their sums stands in plain loops without branches, which compilers
+// make vectors of: one by one, roots and divisions take longer than 64 elements. Rows for which the sums will not do
+// are left to keep_again(row).
+template <class T, bool centered, class KeepAgain>
+inline void keep_statistics_together(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t number,
+                                     const double* pivots, KeepAgain keep_again) {
+    using E = Computation<T>;
+    const double n = double(call.rows.channels);
+    const int64_t padded = std::min((number + 3) / 4 * 4, most_rows);  // whole vectors
+    Sums sums[most_rows];
+    for (int64_t k = 0; k < number; ++k)
+        sums[k] = sums_about<E, T, centered>(E(pivots[k]), runs_of<T>(call, blocks, row + k, 0));
+    int64_t rest[most_rows], any = false;
+    for (int64_t k = 0; k < padded; ++k) any |= rest[k] = !is_reliable<E>(sums[k], centered ? n : 1);
+    double means[most_rows], vars[most_rows], rstds[most_rows];
+    for (int64_t k = 0; k < padded; ++k) {
+        const Moments found = centered ? moments_about(pivots[k], n, sums[k]) : Moments{1, 0, 0, sums[k].second};
+        means[k] = found.mean();
+        vars[k] = found.m2 / n;
+        rstds[k] = reciprocal_std(vars[k], call.eps);
+    }
+    if (call.mean) std::copy_n(means, number, call.mean + row);
+    if (call.var) std::copy_n(vars, number, call.var + row);
+    std::copy_n(rstds, number, call.rstd + row);
+    for (int64_t k = 0; any && k < number; ++k)
+        if (rest[k]) keep_again(row + k);
+}
+
 template <class T, bool centered>
 void forward_elements(const RowNormForward& call) {
     using E = Computation<T>;
@@ -123,7 +154,7 @@ void forward_elements(const RowNormForward& call) {
             write_elements<T, double, centered>(call, exact.made_of(call), row, first, length, ahead);
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
-    if (blocks.parts() > 1) {  // rows too long for what follows
+    if (blocks.parts() > 1 || rows.channels == 0) {  // rows too long for what follows, or without a pivot
         over_sets<Moments>(rows.count(), MemoryOrder::by_sets, blocks.parts(), bytes, true, reduce, keep,
                            [&](int64_t row, int64_t part, int64_t ahead) {
                                blocks.pieces_of(
@@ -131,26 +162,35 @@ void forward_elements(const RowNormForward& call) {
                            });
         return;
     }
-    // Of short rows more than of long ones: the divisions and the root of one wait for its sums, not for those of
-    // others.
-    constexpr int64_t most = 16;
-    const int64_t bundle = rows_in_cache<T>(rows.channels, rows.channels <= 256 ? most : 4);
-    const int64_t share = std::max<int64_t>(1, rows.count() / (8 * num_threads()));
+    const bool are_short = rows.channels * int64_t(sizeof(T)) <= 512;
+    const int64_t bundle = rows_in_cache<T>(rows.channels, rows.channels <= 256 ? most_rows : 4);
+    const int64_t width = rows.channels <= 2 * segment ? 2 * segment : segment;  // not a second call for the rest
+    const int64_t share = sets_per_item(rows.count(), bundle, bytes);
     const bool early = is_fetched_early(bytes / 2, bytes / 2, !call.streaming);
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
         const int64_t end = std::min(rows.count(), (item + 1) * share);
-        Moments found[most];
         for (int64_t row = item * share; row < end; row += bundle) {
             const int64_t number = std::min(bundle, end - row);
-            for (int64_t k = 0; k < number; ++k) found[k] = reduce(row + k, 0);
-            for (int64_t k = 0; k < number; ++k) keep(row + k, found[k]);
-            for (int64_t first = 0; first < rows.channels; first += segment)
+            // the sums of a row wait for its pivot; those of all can be found meanwhile
+            double pivots[most_rows] = {};
+            for (int64_t k = 0; centered && k < number; ++k)
+                pivots[k] = pivot_of(start_of<const T>(rows, call.x, row + k), rows.channels);
+            if (are_short) {
+                keep_statistics_together<T, centered>(call, blocks, row, number, pivots,
+                                                      [&](int64_t row) { keep(row, reduce(row, 0)); });
+            } else {
+                Moments found[most_rows];
+                for (int64_t k = 0; k < number; ++k)
+                    found[k] = row_moments_about<T, centered>(call, blocks, row + k, pivots[k]);
+                for (int64_t k = 0; k < number; ++k) keep(row + k, found[k]);
+            }
+            for (int64_t first = 0; first < rows.channels; first += width)
                 for (int64_t r = row; r < row + number; ++r) {
                     // cut where y has a line's end: what is streamed of a line is to be streamed at once
-                    const int64_t shift = rows.channels > segment ? to_line(start_of<T>(rows, call.y, r)) : 0;
+                    const int64_t shift = rows.channels > width ? to_line(start_of<T>(rows, call.y, r)) : 0;
                     const int64_t from = first ? std::min(first + shift, rows.channels) : 0,
-                                  to = std::min(first + segment + shift, rows.channels);
-                    write(r, from, to - from, early && r + bundle < end ? bundle : 0);
+                                  to = std::min(first + width + shift, rows.channels);
+                    write(r, from, to - from, early && r + bundle < rows.count() ? bundle : 0);
                 }
         }
         if (call.streaming) finish_streaming();

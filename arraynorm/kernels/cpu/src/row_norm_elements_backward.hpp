@@ -5,6 +5,7 @@
 #pragma once
 
 #include <bit>
+#include <memory>
 
 #include "caches.hpp"
 #include "row_norm_elements.hpp"
@@ -278,16 +279,28 @@ struct ElementsBackward {
     void by_samples(int64_t number) const {
         if (number == 1) return run(0, rows.samples, 0, rows.groups, call.dweight, call.dbias);
         const int64_t width = rows.parameters();
-        std::vector<double> sums(2 * number * width);
-        parallel_for(number, bytes(), [&](int64_t block) {
-            double* own = sums.data() + 2 * block * width;
+        auto run_block = [&](int64_t block, double* own) {
+            std::fill_n(own, 2 * width, 0.0);
             run(rows.samples * block / number, rows.samples * (block + 1) / number, 0, rows.groups, own, own + width);
+        };
+        auto add = [&](const double* of_weight, int64_t begin, int64_t end) {
+            const double* of_bias = of_weight + width;
+            for (int64_t j = begin; j < end; ++j) call.dweight[j] += of_weight[j];
+            for (int64_t j = begin; centered && j < end; ++j) call.dbias[j] += of_bias[j];
+        };
+        if (num_threads() == 1) {  // the same sums, of one block after the other, which stay in the cache
+            std::vector<double> own(2 * width);
+            for (int64_t block = 0; block < number; ++block) run_block(block, own.data()), add(own.data(), 0, width);
+            return;
+        }
+        // set to zero, and added up, where they are used: otherwise one thread does it while the others wait
+        const auto sums = std::make_unique_for_overwrite<double[]>(2 * number * width);
+        parallel_for(number, bytes(), [&](int64_t block) { run_block(block, sums.get() + 2 * block * width); });
+        const int64_t some = std::max<int64_t>(64, width / 8), items = (width + some - 1) / some;
+        parallel_for(items, 2 * number * width * int64_t(sizeof(double)), [&](int64_t item) {
+            for (int64_t block = 0; block < number; ++block)
+                add(sums.get() + 2 * block * width, item * some, std::min(width, (item + 1) * some));
         });
-        for (int64_t block = 0; block < number; ++block)
-            for (int64_t j = 0; j < width; ++j) {
-                call.dweight[j] += sums[2 * block * width + j];
-                call.dbias[j] += sums[(2 * block + 1) * width + j];
-            }
     }
 
     void by_groups() const {

@@ -110,8 +110,8 @@ void backward_planes(const RowNormBackward& call) {
         });
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
-        const int64_t group = std::max<int64_t>(1, rows.count() / (8 * threads));
         const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count()), bundle = bundle_of(bytes_each);
+        const int64_t group = sets_per_item(rows.count(), bundle, bytes);
         const bool has_room = bytes_each <= largest_with_next;
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(rows.count(), (item + 1) * group);
@@ -133,7 +133,7 @@ void backward_planes(const RowNormBackward& call) {
                 for (int64_t row = first; row < last; ++row)
                     // of a large row the parts that were read last first: only those are still in the cache
                     parts_of(row, !has_room, [&](int64_t sample, int64_t c, int64_t part) {
-                        write(sample, c, part, has_room && row + bundle < end ? bundle : 0);
+                        write(sample, c, part, has_room && row + bundle < rows.count() ? bundle : 0);
                     });
             }
             if (call.streaming) finish_streaming();

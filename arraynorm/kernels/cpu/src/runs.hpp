@@ -83,7 +83,8 @@ inline constexpr int group_size = 8;
 // Two sums of packs in E.
 template <class E>
 struct Partial {
-    Pack<E> first, second;
+    Pack<E> first{E(0)}, second{E(0)};
+    Partial() = default;
     [[gnu::always_inline]] explicit Partial(const Terms<E>& t) : first(t.first), second(t.a * t.b) {}
     [[gnu::always_inline]] void add(const Terms<E>& t) {
         first = first + t.first;
@@ -117,8 +118,21 @@ public:
                 add(even.first + odd.first, even.second + odd.second);
             });
         }
-        for (; i + lanes <= n; i += lanes) add(Partial(terms(i, Full{})));
-        if (i < n) add(Partial(terms(i, n - i)));
+        // Less than a group, and perhaps all that there is: of float32 rounded no more than it must be; the errors of
+        // these few additions are none to a result in 16 bits.
+        if constexpr (((sizeof(T) == 2) && ...)) {
+            if (i == n) return;
+            Partial<E> even, odd;
+            for (; i + 2 * lanes <= n; i += 2 * lanes)
+                two(i, [&](const auto& first, const auto& second)
+                           __attribute__((always_inline)) { even.add(first), odd.add(second); });
+            if (i + lanes <= n) even.add(terms(i, Full{})), i += lanes;
+            if (i < n) odd.add(terms(i, n - i));
+            add(even.first + odd.first, even.second + odd.second);
+        } else {
+            for (; i + lanes <= n; i += lanes) add(Partial(terms(i, Full{})));
+            if (i < n) add(Partial(terms(i, n - i)));
+        }
     }
 
     Sums total() const { return {sum(first_), sum(second_)}; }
@@ -204,11 +218,12 @@ template <class T>
 inline double pivot_of(const T* x, int64_t n) {
     const int64_t number = number_of_pivots(n);
     double mean = 0;
-    if (number == lanes)
-        mean = sum(load<Computation<T>>(x));
-    else
+    if (number == lanes) {
+        mean = sum(load<Computation<T>>(x)) * (1. / lanes);
+    } else {
         for (int64_t i = 0; i < number; ++i) mean += double(to_float(x[i]));
-    mean /= double(number);
+        mean /= double(number);
+    }
     if constexpr (sizeof(T) == 2) {
         T stored[lanes];
         store(stored, Pack<float>(float(mean)));
