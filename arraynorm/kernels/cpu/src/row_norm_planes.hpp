@@ -67,24 +67,25 @@ Sums channel_part_sums(const RowNormBackward& call, const Blocks& blocks, int64_
         });
 }
 
-// `next` is the channel, counted over all samples, that this thread does next; perhaps the same.
+// In elements, or 0: from what is written to what is to be fetched meanwhile.
+struct Ahead {
+    int64_t dy = 0, x = 0;
+};
+
+// `ahead` is how far on that lies which this thread most likely reads next.
 template <class T, class E>
 [[gnu::flatten]] void write_channel(const RowNormBackward& call, const RowCoefficients& k, double scale,
-                                    const Blocks& blocks, int64_t sample, int64_t channel, int64_t part, int64_t next) {
-    const int64_t next_sample = next / call.rows.parameters(), next_channel = next % call.rows.parameters();
+                                    const Blocks& blocks, int64_t sample, int64_t channel, int64_t part, Ahead ahead) {
     const T *all_dy = call.dy.at<const T>(sample, channel), *all_x = call.x.at<const T>(sample, channel);
-    const bool early = is_fetched_early(call.rows.elements() * sizeof(T), call.rows.size * sizeof(T), !call.streaming);
-    const int64_t dy_ahead = call.dy.at<const T>(next_sample, next_channel) - all_dy,
-                  x_ahead = early ? call.x.at<const T>(next_sample, next_channel) - all_x : 0;
     const Mean<E> mean(k.mean);
     const Pack<E> pivot(mean.rounded), of_dy{E(scale)}, of_deviation(E(k.of_deviation())),
         constant(E(mean.constant(k.of_deviation(), k.constant)));
     blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) {
         const T *dy = all_dy + i, *x = all_x + i;
-        write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, dy_ahead ? dy + dy_ahead : nullptr,
+        write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, ahead.dy ? dy + ahead.dy : nullptr,
                   InAnyOrder{[=](int64_t j, auto count, auto) {
                       if constexpr (!std::is_same_v<decltype(count), int64_t>)
-                          if (x_ahead) prefetch(x + x_ahead + j);
+                          if (ahead.x) prefetch(x + ahead.x + j);
                       return fma(load<E>(dy + j, count), of_dy,
                                  fma(load<E>(x + j, count) - pivot, of_deviation, constant));
                   }});
@@ -99,15 +100,19 @@ void backward_planes(const RowNormBackward& call) {
     const int64_t parts = blocks.parts(), parameters = rows.parameters(), threads = num_threads();
     const int64_t bytes = 3 * rows.elements() * sizeof(T);
     ChannelSums sums(call);
-    // `ahead`: rows to the one that this thread does next, or 0
-    auto write = [&](int64_t sample, int64_t channel, int64_t part, int64_t ahead) {
-        const int64_t row = sample * rows.groups + channel / rows.channels;
-        const int64_t next = sample * parameters + channel + ahead * rows.channels;
+    const bool early = is_fetched_early(rows.elements() * sizeof(T), rows.size * sizeof(T), !call.streaming);
+    auto write = [&](int64_t row, int64_t sample, int64_t channel, int64_t part, Ahead ahead) {
         const RowCoefficients& k = sums.coefficients(row);
-        const double scale = k.rstd * call.weight.value_or(channel, 1);
-        computed<E>(is_tame<E>(k, call.weight.value_or(channel, 1)), [&](auto e) {
-            write_channel<T, decltype(e)>(call, k, scale, blocks, sample, channel, part, next);
+        const double weight = call.weight.value_or(channel, 1);
+        computed<E>(is_tame<E>(k, weight), [&](auto e) {
+            write_channel<T, decltype(e)>(call, k, k.rstd * weight, blocks, sample, channel, part, ahead);
         });
+    };
+    auto ahead_by = [&](int64_t number, int64_t row) -> Ahead {
+        auto distance = [&](const Tensor& tensor) {
+            return start_of<const T>(rows, tensor, row + number) - start_of<const T>(rows, tensor, row);
+        };
+        return {distance(call.dy), early ? distance(call.x) : 0};
     };
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
         const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count()), bundle = bundle_of(bytes_each);
@@ -130,11 +135,12 @@ void backward_planes(const RowNormBackward& call) {
                         sums.of(sample, c).add(channel_part_sums<T>(call, blocks, row, sample, c, part));
                     });
                 for (int64_t row = first; row < last; ++row) sums.keep(row);
-                for (int64_t row = first; row < last; ++row)
+                for (int64_t row = first; row < last; ++row) {
+                    const Ahead ahead = has_room && row + bundle < rows.count() ? ahead_by(bundle, row) : Ahead{};
                     // of a large row the parts that were read last first: only those are still in the cache
-                    parts_of(row, !has_room, [&](int64_t sample, int64_t c, int64_t part) {
-                        write(sample, c, part, has_room && row + bundle < rows.count() ? bundle : 0);
-                    });
+                    parts_of(row, !has_room,
+                             [&](int64_t sample, int64_t c, int64_t part) { write(row, sample, c, part, ahead); });
+                }
             }
             if (call.streaming) finish_streaming();
         });
@@ -150,7 +156,8 @@ void backward_planes(const RowNormBackward& call) {
             sums.of(i / parts / parameters, i / parts % parameters).add(found[i]);
         for (int64_t row = 0; row < rows.count(); ++row) sums.keep(row);
         parallel_for(runs * parts, bytes, [&](int64_t i) {
-            write(i / parts / parameters, i / parts % parameters, i % parts, 0);
+            const int64_t run = i / parts;
+            write(run / rows.channels, run / parameters, run % parameters, i % parts, {});
             if (call.streaming) finish_streaming();
         });
     }
