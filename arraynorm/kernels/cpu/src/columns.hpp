@@ -75,11 +75,15 @@ struct RowsOf {
     T* start;
     int64_t distance;
     bool uncached = false;  // fetched ahead; out of a cache it comes in time by itself, and fetching costs a third
+    int64_t to_next = 0;    // how far on in a row the tile lies that is next, if that is to be fetched
 
     T* at(int64_t row, int64_t j) const { return start + row * distance + j; }
     bool are_near() const { return distance * int64_t(sizeof(T)) < page; }
     [[gnu::always_inline]] void fetch(int64_t row, int64_t j) const {
         if (uncached) __builtin_prefetch(further_on(at(row, j)), 0, 3);
+    }
+    [[gnu::always_inline]] void fetch_next(int64_t row, int64_t j) const {
+        if (to_next) prefetch(at(row, j) + to_next);
     }
 
     static constexpr int64_t page = 4096;
@@ -131,7 +135,14 @@ inline std::vector<E> by_columns(const Tile& tile, const double* of_channels) {
 // Sums of columns: two for each.
 class ColumnSums {
 public:
-    explicit ColumnSums(const Tile& tile) : tile_(tile), first_(tile.width()), second_(tile.width()) {}
+    // `results`, if any, replace what is fetched while their columns are summed.
+    template <class T = char>
+    explicit ColumnSums(const Tile& tile, RowsOf<T> results = {})
+        : tile_(tile),
+          first_(tile.width()),
+          second_(tile.width()),
+          results_(reinterpret_cast<const char*>(results.start)),
+          bytes_to_row_(results.distance * int64_t(sizeof(T))) {}
 
     // Adds terms(row, j, count), in E, for all rows and columns of the tile; they are read from the `streams`.
     template <class E, class TermsOf, class T, class... More>
@@ -169,6 +180,9 @@ private:
         over_rows<group_size, line_packs<T>>(
             tile_, [&](int64_t row, auto number, int64_t j, auto packs, auto count) __attribute__((always_inline)) {
                 Pack<E> a[packs.value], b[packs.value];
+                if (results_)
+                    for (int k = 0; k < number.value; ++k)
+                        prefetch(results_ + (row + k) * bytes_to_row_ + j * int64_t(sizeof(T)));
 #pragma GCC unroll 8
                 for (int k = 0; k < number.value; ++k) {
                     if constexpr (Fetches::value) fetch_below(row + k, j, stream), (fetch_below(row + k, j, more), ...);
@@ -194,6 +208,8 @@ private:
 
     Tile tile_;
     std::vector<double> first_, second_;
+    const char* results_;
+    int64_t bytes_to_row_;
 };
 
 // Where the sums of a tile's channels start from: means of some elements each, as T has them (see pivot_of). Of several
@@ -226,10 +242,11 @@ inline void find_pivots(RowsOf<const T> x, const Tile& tile, double* pivots) {
 
 // Adds to each channel's total the sums of x - center and of its square, in E; a channel's center is one of E.
 template <class E, class T>
-[[gnu::flatten]] void add_deviations(RowsOf<const T> x, const Tile& tile, const double* centers, Sums* total) {
+[[gnu::flatten]] void add_deviations(RowsOf<const T> x, const Tile& tile, const double* centers, Sums* total,
+                                     RowsOf<T> results = {}) {
     const std::vector<E> of_columns = by_columns<E>(tile, centers);
     const E* k = of_columns.data();
-    ColumnSums sums(tile);
+    ColumnSums sums(tile, results);
     sums.add<E>(
         [=](int64_t row, int64_t j, auto count) __attribute__((always_inline)) {
             const Pack<E> d = load<E>(x.at(row, j), count) - load<E>(k + j, count);
@@ -449,6 +466,8 @@ template <class T, class Values, class Value, class... Streams>
                 };
                 constexpr bool is_full = std::is_same_v<decltype(count), Full>;
                 constexpr bool by_twos = is_stored_by_twos<T> && is_full && !streams.value && packs.value % 2 == 0;
+                if constexpr (!streams.value)
+                    for (int k = 0; k < number.value; ++k) (read.fetch_next(row + k, j), ...);
                 for (int k = 0; k < number.value; ++k)
                     for (int p = 0; p < packs.value; p += by_twos ? 2 : 1) {
                         T* to = y.at(row + k, j + p * lanes);
