@@ -10,7 +10,7 @@ import pytest
 
 import arraynorm as an
 from arraynorm.kernels import only
-from compiled import needs_native
+from compiled import needs_native, threads
 from data import Host
 from tolerances import EPS32, C
 
@@ -25,6 +25,11 @@ NORMS: dict[str, Any] = {
     "instance_norm, channels last": lambda x, **options: an.instance_norm_forward(x.T[None], axis=-1, **options),
 }
 each_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+each_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+
+def kind(dtype: str) -> Any:
+    return pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
 
 @pytest.mark.parametrize("size", [1e-24, 1e-30, 1e25])
@@ -86,9 +91,9 @@ def test_a_row_beyond_the_range_changes_no_bit_of_the_others():
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("shape", [(4, 0), (20, 0), (0, 4)], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@each_dtype
 def test_rows_without_elements_have_the_statistics_of_the_reference(dtype: str, shape: tuple[int, int], norm: str):
-    x = np.zeros(shape, dtype)
+    x = np.zeros(shape, kind(dtype))
     _, cache = NORMS[norm](x)
     with only("reference"):
         _, expected = NORMS[norm](x)
@@ -99,7 +104,7 @@ def test_rows_without_elements_have_the_statistics_of_the_reference(dtype: str, 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("shape", [(37, 16), (37, 100), (21, 300), (9, 2056)], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@each_dtype
 def test_a_row_has_the_bits_that_it_has_alone(dtype: str, shape: tuple[int, int], norm: str):
     """Short ones are reduced some at a time: with large and small ones, equal elements, infinity and NaN."""
     x = RNG.standard_normal(shape)
@@ -108,7 +113,7 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype: str, shape: tuple[int, int]
     x[3::7, -1] = np.inf
     x[4::7, 0] = np.nan
     x[5::7] *= 1e-30
-    x = x.astype(dtype)
+    x = x.astype(kind(dtype))
     y, cache = NORMS[norm](x)
     for row in range(len(x)):
         y_alone, alone = NORMS[norm](x[row : row + 1])
@@ -117,7 +122,8 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype: str, shape: tuple[int, int]
         if norm == "layer_norm":
             assert np.array_equal(alone.mean.ravel(), cache.mean.ravel()[row : row + 1], equal_nan=True)
     assert not y[2::7].any() or norm == "rms_norm"
-    assert np.isfinite(y[np.isfinite(x).all(axis=1)]).all()
+    finite = np.isfinite(x.astype(np.float64)).all(axis=1)
+    assert np.isfinite(y.astype(np.float64)[finite]).all()
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (16, 4), (63, 9), (100, 4), (16, 4, 3), (2, 4, 64), (64, 4, 9)])
@@ -200,6 +206,25 @@ def test_bits_of_the_mask_where_rows_overlap():
         return an.batch_norm_add_relu_backward(dy, an.batch_norm_add_relu_forward(x)[1]).dx
 
     np.testing.assert_allclose(dx(x, dy), dx(x.copy(), dy.copy()), rtol=0, atol=1e-4)
+
+
+@each_dtype
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_nan_among_the_gradients_of_parameters_has_one_sign_at_any_number_of_threads(norm: str, dtype: str):
+    """Two meet in a sum: of an infinite row, and of one with a NaN in another block of samples."""
+    x, dy = (RNG.standard_normal((5003, 17)).astype(kind(dtype)) for _ in range(2))
+    x[3, 5], x[2501, 5] = np.inf, np.nan
+    weight = np.ones(17)
+    found = set()
+    for number in (1, 2, 3, 8):
+        with threads(number):
+            if norm == "layer_norm":
+                gradients = an.layer_norm_backward(dy, an.layer_norm_forward(x, 17, weight, weight)[1])
+            else:
+                gradients = an.rms_norm_backward(dy, an.rms_norm_forward(x, 17, weight)[1])
+            found.add((gradients.dx.tobytes(), gradients.dweight.tobytes()))
+    assert np.isnan(gradients.dweight).any()
+    assert len(found) == 1
 
 
 def test_infinity_first_in_a_row_that_does_not_fill_a_register():

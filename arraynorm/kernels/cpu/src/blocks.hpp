@@ -147,11 +147,13 @@ inline int64_t bundle_of(int64_t bytes_each) {
     return std::clamp<int64_t>(8192 / std::max<int64_t>(1, bytes_each), 1, most_in_bundle);
 }
 
-// How many sets, one after the other, are an item for a thread, but not less than a bundle. The smaller the items, the
-// shorter the others wait for the thread that has the last; but to take one is a locked instruction, which waits for
-// all that has been streamed: 0.94 to 0.98 of the time with two threads, and 1.02 of it where results are streamed.
+// How many sets, one after the other, are an item for a thread; not less than a bundle where there are many. The
+// smaller the items, the shorter the others wait for the thread that has the last; but to take one is a locked
+// instruction, which waits for all that has been streamed: 0.94 to 0.98 of the time with two threads, and 1.02 of it
+// where results are streamed.
 inline int64_t sets_per_item(int64_t sets, int64_t bundle, int64_t bytes) {
-    return std::max(bundle, sets / ((exceeds_cache(bytes) ? 8 : 32) * num_threads()));
+    const int64_t threads = num_threads(), least = std::min(bundle, std::max<int64_t>(1, sets / (4 * threads)));
+    return std::max(least, sets / ((exceeds_cache(bytes) ? 8 : 32) * threads));
 }
 
 // In which order few sets are shared out: all parts of a set, or the same part of all sets. As memory has them: so no

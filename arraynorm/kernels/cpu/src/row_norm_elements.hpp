@@ -80,10 +80,10 @@ struct Affine {
     bool tame() const { return weight.tame() && bias.tame(); }
 };
 
-// Columns whose parameters and sums stay in the first-level cache while some rows pass by.
+// Columns whose parameters stay in the first-level cache while some rows pass by, and backward their sums.
 inline constexpr int64_t segment = 512;
 
-// The elements [first, first + length) of a row. `ahead` is the distance to a row that this thread reads later, or 0.
+// The elements [first, first + length) of a row. `ahead` is the distance to a row that is most likely read later, or 0.
 // RMS norm is not `centered`: it has no mean, and no bias.
 template <class T, class E, bool centered>
 [[gnu::flatten]] void write_elements(const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first,
@@ -129,7 +129,7 @@ inline void keep_statistics_together(const RowNormForward& call, const Blocks& b
     if (call.mean) std::copy_n(means, number, call.mean + row);
     if (call.var) std::copy_n(vars, number, call.var + row);
     std::copy_n(rstds, number, call.rstd + row);
-    for (int64_t k = 0; any && k < number; ++k)
+    for (int64_t k = 0; any && k < number; ++k)  // those that pad are zero, and not asked for
         if (rest[k]) keep_again(row + k);
 }
 
@@ -177,7 +177,7 @@ void forward_elements(const RowNormForward& call) {
                 pivots[k] = pivot_of(start_of<const T>(rows, call.x, row + k), rows.channels);
             if (are_short) {
                 keep_statistics_together<T, centered>(call, blocks, row, number, pivots,
-                                                      [&](int64_t row) { keep(row, reduce(row, 0)); });
+                                                      [&](int64_t other) { keep(other, reduce(other, 0)); });
             } else {
                 Moments found[most_rows];
                 for (int64_t k = 0; k < number; ++k)

@@ -288,18 +288,24 @@ struct ElementsBackward {
             for (int64_t j = begin; j < end; ++j) call.dweight[j] += of_weight[j];
             for (int64_t j = begin; centered && j < end; ++j) call.dbias[j] += of_bias[j];
         };
+        // Of two NaNs a sum has the sign of either, as the compiler likes, which is not the same in both ways below.
+        auto quiet_all = [&](int64_t begin, int64_t end) {
+            for (int64_t j = begin; j < end; ++j) call.dweight[j] = quiet(call.dweight[j]);
+            for (int64_t j = begin; centered && j < end; ++j) call.dbias[j] = quiet(call.dbias[j]);
+        };
         if (num_threads() == 1) {  // the same sums, of one block after the other, which stay in the cache
             std::vector<double> own(2 * width);
             for (int64_t block = 0; block < number; ++block) run_block(block, own.data()), add(own.data(), 0, width);
-            return;
+            return quiet_all(0, width);
         }
         // set to zero, and added up, where they are used: otherwise one thread does it while the others wait
         const auto sums = std::make_unique_for_overwrite<double[]>(2 * number * width);
         parallel_for(number, bytes(), [&](int64_t block) { run_block(block, sums.get() + 2 * block * width); });
         const int64_t some = std::max<int64_t>(64, width / 8), items = (width + some - 1) / some;
         parallel_for(items, 2 * number * width * int64_t(sizeof(double)), [&](int64_t item) {
-            for (int64_t block = 0; block < number; ++block)
-                add(sums.get() + 2 * block * width, item * some, std::min(width, (item + 1) * some));
+            const int64_t begin = item * some, end = std::min(width, begin + some);
+            for (int64_t block = 0; block < number; ++block) add(sums.get() + 2 * block * width, begin, end);
+            quiet_all(begin, end);
         });
     }
 
