@@ -168,7 +168,8 @@ void forward_elements(const RowNormForward& call) {
     const int64_t share = sets_per_item(rows.count(), bundle, bytes);
     const bool early = is_fetched_early(bytes / 2, bytes / 2, !call.streaming);
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
-        const int64_t end = std::min(rows.count(), (item + 1) * share);
+        const int64_t end = std::min(rows.count(), (item + 1) * share),
+                      fetched = are_items_small(bytes) ? rows.count() : end;
         for (int64_t row = item * share; row < end; row += bundle) {
             const int64_t number = std::min(bundle, end - row);
             // the sums of a row wait for its pivot; those of all can be found meanwhile
@@ -190,7 +191,7 @@ void forward_elements(const RowNormForward& call) {
                     const int64_t shift = rows.channels > width ? to_line(start_of<T>(rows, call.y, r)) : 0;
                     const int64_t from = first ? std::min(first + shift, rows.channels) : 0,
                                   to = std::min(first + width + shift, rows.channels);
-                    write(r, from, to - from, early && r + bundle < rows.count() ? bundle : 0);
+                    write(r, from, to - from, early && r + bundle < fetched ? bundle : 0);
                 }
         }
         if (call.streaming) finish_streaming();

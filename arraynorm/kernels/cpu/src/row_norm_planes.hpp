@@ -119,7 +119,8 @@ void backward_planes(const RowNormBackward& call) {
         const int64_t group = sets_per_item(rows.count(), bundle, bytes);
         const bool has_room = bytes_each <= largest_with_next;
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
-            const int64_t end = std::min(rows.count(), (item + 1) * group);
+            const int64_t end = std::min(rows.count(), (item + 1) * group),
+                          fetched = are_items_small(bytes) ? rows.count() : end;
             for (int64_t first = item * group; first < end; first += bundle) {
                 const int64_t last = std::min(end, first + bundle);
                 // f(sample, channel, part) for those of a row
@@ -136,7 +137,7 @@ void backward_planes(const RowNormBackward& call) {
                     });
                 for (int64_t row = first; row < last; ++row) sums.keep(row);
                 for (int64_t row = first; row < last; ++row) {
-                    const Ahead ahead = has_room && row + bundle < rows.count() ? ahead_by(bundle, row) : Ahead{};
+                    const Ahead ahead = has_room && row + bundle < fetched ? ahead_by(bundle, row) : Ahead{};
                     // of a large row the parts that were read last first: only those are still in the cache
                     parts_of(row, !has_room,
                              [&](int64_t sample, int64_t c, int64_t part) { write(row, sample, c, part, ahead); });
