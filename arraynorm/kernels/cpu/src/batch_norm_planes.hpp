@@ -86,9 +86,9 @@ struct ForwardPlane {
     ForwardPlane(const BatchNormForward& call, int64_t c)
         : call(call), c(c), values(packs_of<E>(forward_coefficients<E>(call, c))) {}
 
-    // `length` elements of run n from element i; `next` is what x[0] stands for in what this thread reads next, or null
-    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, SharedBytes& ends) const {
-        const T* x = call.x.at<const T>(n, c) + i;
+    // `length` elements of run n from element i; what this thread reads next lies `ahead` elements behind them, or 0
+    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, int64_t ahead, SharedBytes& ends) const {
+        const T *x = call.x.at<const T>(n, c) + i, *next = ahead ? x + ahead : nullptr;
         T* y = call.y.at<T>(n, c) + i;
         auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
@@ -124,8 +124,7 @@ void forward_planes(const BatchNormForward& call) {
             SharedBytes ends;
             pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
                 computed<E>(is_tame<E>(call, c), [&](auto e) {
-                    const T* x = call.x.at<const T>(n, c) + i;
-                    ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, further_on(x), ends);
+                    ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, elements_ahead<T>, ends);
                 });
             });
         });
@@ -136,13 +135,14 @@ void forward_planes(const BatchNormForward& call) {
         v.c, MemoryOrder::by_parts, blocks.parts(), bytes, call.writes,
         [&](int64_t c, int64_t part) { return part_moments<T>(call, blocks, c, part); },
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
-        [&](int64_t c, int64_t part, int64_t ahead) {
+        [&](int64_t c, int64_t part, Next next) {
+            const int64_t ahead =
+                next.unless(!early).template distance<T>(v.s, [&](int64_t sets) { return sets * call.x.channel; });
             SharedBytes ends;
             computed<E>(is_tame<E>(call, c), [&](auto e) {
                 const ForwardPlane<T, decltype(e)> plane(call, c);
-                blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                    plane.write(n, i, length, ahead && early ? call.x.at<const T>(n, c + ahead) + i : nullptr, ends);
-                });
+                blocks.pieces_of(part,
+                                 [&](int64_t n, int64_t i, int64_t length) { plane.write(n, i, length, ahead, ends); });
             });
         });
 }
@@ -178,9 +178,10 @@ struct BackwardPlane {
     BackwardPlane(const BatchNormBackward& call, int64_t c)
         : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(backward_coefficients<E>(call, c))) {}
 
-    // `length` elements of run n from element i; `next` and `next_x` as in ForwardPlane
-    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, const T* next, const T* next_x) const {
+    // `length` elements of run n from element i; what follows `ahead` as in ForwardPlane
+    [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, int64_t dy_ahead, int64_t x_ahead) const {
         const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
+        const T *next = dy_ahead ? dy + dy_ahead : nullptr, *next_x = x_ahead ? x + x_ahead : nullptr;
         T *dx = call.dx.at<T>(n, c) + i, *daddend = call.daddend ? call.daddend.at<T>(n, c) + i : nullptr;
         const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
         // both outputs' lines begin at the same elements
@@ -247,8 +248,8 @@ void keep_sums_by_samples(const BatchNormBackward& call, int64_t bytes) {
         if (at_once)
             computed<MapType<T>>(is_tame<MapType<T>>(call, c), [&](auto e) {
                 // what is not far ahead has been fetched for the sums
-                const T* next = v.s * int64_t(sizeof(T)) > bytes_ahead ? call.dy.at<const T>(n, c + 1) : nullptr;
-                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, 0, v.s, next, nullptr);
+                const int64_t ahead = v.s > elements_ahead<T> ? call.dy.channel : 0;
+                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, 0, v.s, ahead, 0);
             });
         return of_run;
     });
@@ -289,12 +290,15 @@ void backward_planes(const BatchNormBackward& call) {
             v.c, MemoryOrder::by_parts, blocks.parts(), bytes, is_written_by_channels<T>(call),
             [&](int64_t c, int64_t part) { return part_sums<T, Mask>(call, blocks, c, part); },
             [&](int64_t c, const Sums& sums) { keep_sums(call, c, sums); },
-            [&](int64_t c, int64_t part, int64_t ahead) {
+            [&](int64_t c, int64_t part, Next next) {
+                auto ahead = [&](Next of, const Tensor& tensor) {
+                    return of.distance<T>(v.s, [&](int64_t sets) { return sets * tensor.channel; });
+                };
+                const int64_t dy_ahead = ahead(next, call.dy), x_ahead = ahead(next.unless(!early), call.x);
                 computed<E>(is_tame<E>(call, c), [&](auto e) {
                     const BackwardPlane<T, decltype(e), Mask> plane(call, c);
                     blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
-                        plane.write(n, i, length, ahead ? call.dy.at<const T>(n, c + ahead) + i : nullptr,
-                                    ahead && early ? call.x.at<const T>(n, c + ahead) + i : nullptr);
+                        plane.write(n, i, length, dy_ahead, x_ahead);
                     });
                 });
             });
@@ -304,8 +308,8 @@ void backward_planes(const BatchNormBackward& call) {
     over_runs(v, bytes, call.streaming, [&](auto pieces) {
         pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
             computed<E>(is_tame<E>(call, c), [&](auto e) {
-                const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, further_on(dy), further_on(x));
+                constexpr int64_t ahead = elements_ahead<T>;
+                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, ahead, ahead);
             });
         });
     });

@@ -83,23 +83,25 @@ struct Affine {
 // Columns whose parameters stay in the first-level cache while some rows pass by, and backward their sums.
 inline constexpr int64_t segment = 512;
 
-// The elements [first, first + length) of a row. `ahead` is the distance to a row that is most likely read later, or 0.
-// RMS norm is not `centered`: it has no mean, and no bias.
+// The elements [first, first + length) of a row. RMS norm is not `centered`: it has no mean, and no bias.
 template <class T, class E, bool centered>
 [[gnu::flatten]] void write_elements(const RowNormForward& call, const Affine<E>& affine, int64_t row, int64_t first,
-                                     int64_t length, int64_t ahead) {
+                                     int64_t length, Next next) {
     const int64_t column = (call.rows.groups == 1 ? 0 : row % call.rows.groups) * call.rows.channels + first;
-    const T* x = start_of<const T>(call.rows, call.x, row) + first;
-    const T* next = ahead ? start_of<const T>(call.rows, call.x, row + ahead) + first : nullptr;
+    const T* row_x = start_of<const T>(call.rows, call.x, row);
+    const int64_t ahead = next.distance<T>(
+        call.rows.channels, [&](int64_t sets) { return start_of<const T>(call.rows, call.x, row + sets) - row_x; });
+    const T* x = row_x + first;
     T* y = start_of<T>(call.rows, call.y, row) + first;
     const E *weight = affine.weight.data() + column, *bias = affine.bias.data() + column;
     const Mean<E> mean(mean_of(call.mean, row));
     const Pack<E> pivot(mean.rounded), rstd(E(call.rstd[row])), shift(E(mean.constant(call.rstd[row], 0)));
-    write_run(y, length, call.streaming, next, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
-        if constexpr (!centered) return load<E>(x + j, count) * rstd * load<E>(weight + j, count);
-        const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
-        return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
-    });
+    write_run(y, length, call.streaming, ahead ? x + ahead : nullptr,
+              [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
+                  if constexpr (!centered) return load<E>(x + j, count) * rstd * load<E>(weight + j, count);
+                  const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
+                  return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
+              });
 }
 
 // Rows that are reduced one after the other before the first of them is written.
@@ -147,18 +149,18 @@ void forward_elements(const RowNormForward& call) {
             return std::any_of(x, x + rows.channels, [](T v) { return std::isinf(to_float(v)); });
         });
     };
-    auto write = [&](int64_t row, int64_t first, int64_t length, int64_t ahead) {
+    auto write = [&](int64_t row, int64_t first, int64_t length, Next next) {
         if (affine.tame() && is_tame<E>(mean_of(call.mean, row), call.rstd[row]))
-            write_elements<T, E, centered>(call, affine, row, first, length, ahead);
+            write_elements<T, E, centered>(call, affine, row, first, length, next);
         else
-            write_elements<T, double, centered>(call, exact.made_of(call), row, first, length, ahead);
+            write_elements<T, double, centered>(call, exact.made_of(call), row, first, length, next);
     };
     const int64_t bytes = 2 * rows.elements() * sizeof(T);
     if (blocks.parts() > 1 || rows.channels == 0) {  // rows too long for what follows, or without a pivot
         over_sets<Moments>(rows.count(), MemoryOrder::by_sets, blocks.parts(), bytes, true, reduce, keep,
-                           [&](int64_t row, int64_t part, int64_t ahead) {
+                           [&](int64_t row, int64_t part, Next next) {
                                blocks.pieces_of(
-                                   part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, ahead); });
+                                   part, [&](int64_t, int64_t i, int64_t length) { write(row, i, length, next); });
                            });
         return;
     }
@@ -191,7 +193,7 @@ void forward_elements(const RowNormForward& call) {
                     const int64_t shift = rows.channels > width ? to_line(start_of<T>(rows, call.y, r)) : 0;
                     const int64_t from = first ? std::min(first + shift, rows.channels) : 0,
                                   to = std::min(first + width + shift, rows.channels);
-                    write(r, from, to - from, early && r + bundle < fetched ? bundle : 0);
+                    write(r, from, to - from, Next{early && r + bundle < fetched ? bundle : 0});
                 }
         }
         if (call.streaming) finish_streaming();

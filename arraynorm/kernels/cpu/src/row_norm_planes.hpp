@@ -11,19 +11,20 @@ namespace arraynorm::ARRAYNORM_ISA {
 
 template <class T, class E>
 [[gnu::flatten]] void write_planes(const RowNormForward& call, const Blocks& blocks, int64_t row, int64_t part,
-                                   int64_t ahead) {
+                                   Next next) {
     const int64_t first = row % call.rows.groups * call.rows.channels;
     const T* row_x = start_of<const T>(call.rows, call.x, row);
-    const T* next_x = ahead ? start_of<const T>(call.rows, call.x, row + ahead) : nullptr;
+    const int64_t ahead = next.distance<T>(
+        blocks.run_size, [&](int64_t sets) { return start_of<const T>(call.rows, call.x, row + sets) - row_x; });
     T* row_y = start_of<T>(call.rows, call.y, row);
     const Mean<E> mean(call.mean[row]);
     const Pack<E> pivot(mean.rounded);
     blocks.pieces_of(part, [&](int64_t run, int64_t i, int64_t length) {
-        const T *x = row_x + run * call.x.channel + i, *next = next_x ? next_x + run * call.x.channel + i : nullptr;
+        const T* x = row_x + run * call.x.channel + i;
         const double of_x = call.rstd[row] * call.weight.value_or(first + run, 1);
         const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, call.bias.value_or(first + run, 0))));
         write_run(
-            row_y + run * call.y.channel + i, length, call.streaming, next,
+            row_y + run * call.y.channel + i, length, call.streaming, ahead ? x + ahead : nullptr,
             InAnyOrder{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
     });
 }
@@ -44,9 +45,9 @@ void forward_planes(const RowNormForward& call) {
         rows.count(), MemoryOrder::by_sets, blocks.parts(), 2 * rows.elements() * sizeof(T), true,
         [&](int64_t row, int64_t part) { return row_moments<T>(call, blocks, row, part); },
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
-        [&](int64_t row, int64_t part, int64_t ahead) {
+        [&](int64_t row, int64_t part, Next next) {
             computed<E>(tame(row),
-                        [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, early ? ahead : 0); });
+                        [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, next.unless(!early)); });
         });
 }
 
@@ -108,16 +109,18 @@ void backward_planes(const RowNormBackward& call) {
             write_channel<T, decltype(e)>(call, k, k.rstd * weight, blocks, sample, channel, part, ahead);
         });
     };
-    auto ahead_by = [&](int64_t number, int64_t row) -> Ahead {
-        auto distance = [&](const Tensor& tensor) {
-            return start_of<const T>(rows, tensor, row + number) - start_of<const T>(rows, tensor, row);
+    auto ahead_by = [&](Next next, int64_t row) -> Ahead {
+        auto distance = [&](Next of, const Tensor& tensor) {
+            return of.distance<T>(rows.size, [&](int64_t sets) {
+                return start_of<const T>(rows, tensor, row + sets) - start_of<const T>(rows, tensor, row);
+            });
         };
-        return {distance(call.dy), early ? distance(call.x) : 0};
+        return {distance(next, call.dy), distance(next.unless(!early), call.x)};
     };
+    const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count());
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
-        const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count()), bundle = bundle_of(bytes_each);
+        const int64_t bundle = bundle_of(bytes_each);
         const int64_t group = sets_per_item(rows.count(), bundle, bytes);
-        const bool has_room = bytes_each <= largest_with_next;
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(rows.count(), (item + 1) * group),
                           fetched = are_items_small(bytes) ? rows.count() : end;
@@ -137,9 +140,10 @@ void backward_planes(const RowNormBackward& call) {
                     });
                 for (int64_t row = first; row < last; ++row) sums.keep(row);
                 for (int64_t row = first; row < last; ++row) {
-                    const Ahead ahead = has_room && row + bundle < fetched ? ahead_by(bundle, row) : Ahead{};
+                    const Next next = Next::of(bytes_each, row + bundle < fetched ? bundle : 0);
+                    const Ahead ahead = ahead_by(next, row);
                     // of a large row the parts that were read last first: only those are still in the cache
-                    parts_of(row, !has_room,
+                    parts_of(row, bytes_each > largest_with_another,
                              [&](int64_t sample, int64_t c, int64_t part) { write(row, sample, c, part, ahead); });
                 }
             }
@@ -158,7 +162,8 @@ void backward_planes(const RowNormBackward& call) {
         for (int64_t row = 0; row < rows.count(); ++row) sums.keep(row);
         parallel_for(runs * parts, bytes, [&](int64_t i) {
             const int64_t run = i / parts;
-            write(run / rows.channels, run / parameters, run % parameters, i % parts, {});
+            const int64_t row = run / rows.channels;
+            write(row, run / parameters, run % parameters, i % parts, ahead_by(Next::of(bytes_each, 0), row));
             if (call.streaming) finish_streaming();
         });
     }

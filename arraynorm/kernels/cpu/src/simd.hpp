@@ -665,8 +665,10 @@ inline constexpr bool is_in_any_order<InAnyOrder<F>> = true;
 // up by memory: the hardware's own prefetching stops at every page of 4 KiB.
 inline constexpr int64_t bytes_ahead = 2048;
 template <class T>
+inline constexpr int64_t elements_ahead = bytes_ahead / int64_t(sizeof(T));
+template <class T>
 [[gnu::always_inline]] inline const T* further_on(const T* p) {
-    return p + bytes_ahead / int64_t(sizeof(T));
+    return p + elements_ahead<T>;
 }
 
 // -- bits -----------------------------------------------------------------------------------------------------
