@@ -311,8 +311,8 @@ inline int64_t to_line(const T* p) {
 
 // y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
 // for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be
-// null, is what this thread will read next: as many bytes of it are fetched while the stores of this run keep the
-// memory busy.
+// null, is what this thread most likely reads next: as many bytes of it are fetched while the stores of this run keep
+// the memory busy.
 template <class T, class Value>
 [[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const void* ahead, Value value) {
     constexpr int64_t line = 64 / sizeof(T);
