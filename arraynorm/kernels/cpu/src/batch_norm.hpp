@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <vector>
 
 #include "calls.hpp"
 #include "relu_mask.hpp"
@@ -90,6 +91,31 @@ template <class E>
 inline bool is_tame(const BatchNormBackward& call, int64_t c) {
     const BackwardCoefficients k = backward_coefficients(call, c);
     return is_tame<E>(call.mean_dy ? call.mean[c] : 0, k.of_dy) & is_tame<E>(k.constant, k.of_deviation);
+}
+
+// A channel's map: the coefficients of y or of dx, for E where that will do.
+template <size_t number>
+struct Map {
+    std::array<double, number> coefficients;
+    bool tame;
+};
+template <class E>
+inline Map<3> map_of(const BatchNormForward& call, int64_t c) {
+    const bool tame = is_tame<E>(call, c);
+    return {tame ? forward_coefficients<E>(call, c) : forward_coefficients<double>(call, c), tame};
+}
+template <class E>
+inline Map<4> map_of(const BatchNormBackward& call, int64_t c) {
+    const bool tame = is_tame<E>(call, c);
+    return {tame ? backward_coefficients<E>(call, c) : backward_coefficients<double>(call, c), tame};
+}
+// Those of all channels, for a walk over runs one channel after the other: out of the call's own arrays, a piece of
+// each, they took up to 1.1 of the time.
+template <class E, class Call>
+inline auto maps_of(const Call& call) {
+    std::vector<decltype(map_of<E>(call, 0))> maps(call.volume.c);
+    for (int64_t c = 0; c < call.volume.c; ++c) maps[c] = map_of<E>(call, c);
+    return maps;
 }
 
 inline void keep_statistics(const BatchNormForward& call, int64_t c, const Moments& moments) {

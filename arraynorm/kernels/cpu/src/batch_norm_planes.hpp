@@ -76,23 +76,23 @@ Moments part_moments(const BatchNormForward& call, const Blocks& blocks, int64_t
     });
 }
 
-// The map of one channel, in E.
+// What writes a channel's runs, by its map in E.
 template <class T, class E>
 struct ForwardPlane {
     const BatchNormForward& call;
     int64_t c;
-    decltype(packs_of<E>(forward_coefficients<E>(call, c))) values;
+    std::array<Pack<E>, 3> values;
 
-    ForwardPlane(const BatchNormForward& call, int64_t c)
-        : call(call), c(c), values(packs_of<E>(forward_coefficients<E>(call, c))) {}
+    ForwardPlane(const BatchNormForward& call, int64_t c, const Map<3>& map)
+        : call(call), c(c), values(packs_of<E>(map.coefficients)) {}
 
     // `length` elements of run n from element i; what this thread reads next lies `ahead` elements behind them, or 0
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, int64_t ahead, SharedBytes& ends) const {
-        const T *x = call.x.at<const T>(n, c) + i, *next = ahead ? x + ahead : nullptr;
+        const T* x = call.x.at<const T>(n, c) + i;
         T* y = call.y.at<T>(n, c) + i;
         auto affine = [x, v = values](int64_t j, auto count) { return y_of(load<E>(x + j, count), v); };
         if (!call.mask)
-            return write_run(y, length, call.streaming, next,
+            return write_run(y, length, call.streaming, x, ahead,
                              InAnyOrder{[=](int64_t j, auto count, auto) { return affine(j, count); }});
         MaskWriter mask(call.mask, mask_bit(call.volume, n, c, i), ends);
         auto gated = [&](Pack<E> sum, auto count) {
@@ -101,10 +101,10 @@ struct ForwardPlane {
             return relu(v);
         };
         if (!call.addend)
-            return write_run(y, length, call.streaming, next,
+            return write_run(y, length, call.streaming, x, ahead,
                              [&](int64_t j, auto count, auto) { return gated(affine(j, count), count); });
         const T* addend = call.addend.at<const T>(n, c) + i;
-        write_run(y, length, call.streaming, next, [&](int64_t j, auto count, auto) {
+        write_run(y, length, call.streaming, x, ahead, [&](int64_t j, auto count, auto) {
             if constexpr (std::is_same_v<decltype(count), Full>) prefetch(further_on(addend + j));
             return gated(affine(j, count) + load<E>(addend + j, count), count);
         });
@@ -120,11 +120,12 @@ void forward_planes(const BatchNormForward& call) {
     if (by_samples) keep_moments_by_samples<T>(call, bytes);
     if (by_samples && !call.writes) return;
     if (by_samples || !call.takes_statistics) {
+        const auto maps = maps_of<E>(call);
         return over_runs(v, bytes, call.streaming, [&](auto pieces) {
             SharedBytes ends;
             pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
-                computed<E>(is_tame<E>(call, c), [&](auto e) {
-                    ForwardPlane<T, decltype(e)>(call, c).write(n, i, length, elements_ahead<T>, ends);
+                computed<E>(maps[c].tame, [&](auto e) {
+                    ForwardPlane<T, decltype(e)>(call, c, maps[c]).write(n, i, length, elements_far_ahead<T>, ends);
                 });
             });
         });
@@ -137,10 +138,11 @@ void forward_planes(const BatchNormForward& call) {
         [&](int64_t c, const Moments& moments) { keep_statistics(call, c, moments); },
         [&](int64_t c, int64_t part, Next next) {
             const int64_t ahead =
-                next.unless(!early).template distance<T>(v.s, [&](int64_t sets) { return sets * call.x.channel; });
+                next.only_if(early).template distance<T>(v.s, [&](int64_t sets) { return sets * call.x.channel; });
             SharedBytes ends;
-            computed<E>(is_tame<E>(call, c), [&](auto e) {
-                const ForwardPlane<T, decltype(e)> plane(call, c);
+            const auto map = map_of<E>(call, c);
+            computed<E>(map.tame, [&](auto e) {
+                const ForwardPlane<T, decltype(e)> plane(call, c, map);
                 blocks.pieces_of(part,
                                  [&](int64_t n, int64_t i, int64_t length) { plane.write(n, i, length, ahead, ends); });
             });
@@ -167,21 +169,20 @@ Sums part_sums(const BatchNormBackward& call, const Blocks& blocks, int64_t c, i
     });
 }
 
-// The map of one channel, in E.
+// What writes a channel's runs, by its map in E.
 template <class T, class E, class Mask>
 struct BackwardPlane {
     const BatchNormBackward& call;
     int64_t c;
     bool needs_x;
-    decltype(packs_of<E>(backward_coefficients<E>(call, c))) values;
+    std::array<Pack<E>, 4> values;
 
-    BackwardPlane(const BatchNormBackward& call, int64_t c)
-        : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(backward_coefficients<E>(call, c))) {}
+    BackwardPlane(const BatchNormBackward& call, int64_t c, const Map<4>& map)
+        : call(call), c(c), needs_x(call.mean_dy), values(packs_of<E>(map.coefficients)) {}
 
     // `length` elements of run n from element i; what follows `ahead` as in ForwardPlane
     [[gnu::flatten]] void write(int64_t n, int64_t i, int64_t length, int64_t dy_ahead, int64_t x_ahead) const {
         const T *dy = call.dy.at<const T>(n, c) + i, *x = call.x.at<const T>(n, c) + i;
-        const T *next = dy_ahead ? dy + dy_ahead : nullptr, *next_x = x_ahead ? x + x_ahead : nullptr;
         T *dx = call.dx.at<T>(n, c) + i, *daddend = call.daddend ? call.daddend.at<T>(n, c) + i : nullptr;
         const Mask mask(call.mask, mask_bit(call.volume, n, c, i));
         // both outputs' lines begin at the same elements
@@ -212,12 +213,12 @@ struct BackwardPlane {
         };
         const auto v = values;
         if (!needs_x)
-            return write_run(dx, length, call.streaming, next, InAnyOrder{[&](int64_t j, auto count, auto streams) {
-                                 return dx_of(gated(j, count, streams), v);
-                             }});
-        write_run(dx, length, call.streaming, next, InAnyOrder{[&](int64_t j, auto count, auto streams) {
+            return write_run(
+                dx, length, call.streaming, dy, dy_ahead,
+                InAnyOrder{[&](int64_t j, auto count, auto streams) { return dx_of(gated(j, count, streams), v); }});
+        write_run(dx, length, call.streaming, dy, dy_ahead, InAnyOrder{[&](int64_t j, auto count, auto streams) {
                       if constexpr (!std::is_same_v<decltype(count), int64_t>)
-                          if (next_x) prefetch(next_x + j);
+                          if (x_ahead) prefetch(x + x_ahead + j);
                       return dx_of(gated(j, count, streams), load<E>(x + j, count), v);
                   }});
     }
@@ -239,6 +240,7 @@ void keep_sums_by_samples(const BatchNormBackward& call, int64_t bytes) {
     const Volume& v = call.volume;
     const Blocks run(1, v.s), all(v.n, v.s);
     const bool at_once = is_written_at_once(call);
+    const auto maps = at_once ? maps_of<MapType<T>>(call) : std::vector<Map<4>>();
     auto tame = [&](int64_t c) { return is_tame<E>(call.mean[c], call.rstd[c]); };
     const std::vector<Sums> sums = sums_by_samples(v, bytes, [&](int64_t n, int64_t c) {
         Sums of_run;
@@ -246,10 +248,10 @@ void keep_sums_by_samples(const BatchNormBackward& call, int64_t bytes) {
             of_run = gradient_sums_in<E>(run, 0, call.mean[c],
                                          [&](auto, int64_t, int64_t i) { return gradients<T, Mask>(call, n, c, i); });
         if (at_once)
-            computed<MapType<T>>(is_tame<MapType<T>>(call, c), [&](auto e) {
+            computed<MapType<T>>(maps[c].tame, [&](auto e) {
                 // what is not far ahead has been fetched for the sums
                 const int64_t ahead = v.s > elements_ahead<T> ? call.dy.channel : 0;
-                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, 0, v.s, ahead, 0);
+                BackwardPlane<T, decltype(e), Mask>(call, c, maps[c]).write(n, 0, v.s, ahead, 0);
             });
         return of_run;
     });
@@ -294,9 +296,10 @@ void backward_planes(const BatchNormBackward& call) {
                 auto ahead = [&](Next of, const Tensor& tensor) {
                     return of.distance<T>(v.s, [&](int64_t sets) { return sets * tensor.channel; });
                 };
-                const int64_t dy_ahead = ahead(next, call.dy), x_ahead = ahead(next.unless(!early), call.x);
-                computed<E>(is_tame<E>(call, c), [&](auto e) {
-                    const BackwardPlane<T, decltype(e), Mask> plane(call, c);
+                const int64_t dy_ahead = ahead(next, call.dy), x_ahead = ahead(next.only_if(early), call.x);
+                const auto map = map_of<E>(call, c);
+                computed<E>(map.tame, [&](auto e) {
+                    const BackwardPlane<T, decltype(e), Mask> plane(call, c, map);
                     blocks.pieces_of(part, [&](int64_t n, int64_t i, int64_t length) {
                         plane.write(n, i, length, dy_ahead, x_ahead);
                     });
@@ -305,11 +308,12 @@ void backward_planes(const BatchNormBackward& call) {
         if (is_written_by_channels<T>(call)) writes = false;
     }
     if (!writes) return;
+    const auto maps = maps_of<E>(call);
     over_runs(v, bytes, call.streaming, [&](auto pieces) {
         pieces([&](int64_t n, int64_t c, int64_t i, int64_t length) {
-            computed<E>(is_tame<E>(call, c), [&](auto e) {
-                constexpr int64_t ahead = elements_ahead<T>;
-                BackwardPlane<T, decltype(e), Mask>(call, c).write(n, i, length, ahead, ahead);
+            computed<E>(maps[c].tame, [&](auto e) {
+                constexpr int64_t ahead = elements_far_ahead<T>;
+                BackwardPlane<T, decltype(e), Mask>(call, c, maps[c]).write(n, i, length, ahead, ahead);
             });
         });
     });

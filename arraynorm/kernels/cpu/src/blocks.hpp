@@ -51,18 +51,22 @@ struct Blocks {
 };
 
 // write(pieces) for every item; pieces(f) calls f(n, c, first, length) for its pieces of runs, in the order of memory
+//
+// What an item has of a run is one piece: where one begins its channel's values are read, and a load waits for stores
+// that have not left the processor yet if their addresses agree in the last 12 bits. Runs of 50 KB in four pieces took
+// 1.02 of the time.
 template <class Write>
 inline void over_runs(const Volume& v, int64_t bytes, bool streaming, Write write) {
-    const Blocks blocks(1, v.s);
-    const int64_t items = v.n * v.c * blocks.count, share = std::max<int64_t>(1, items / (8 * num_threads()));
-    parallel_for((items + share - 1) / share, bytes, [&](int64_t item) {
+    const int64_t chunks = Blocks(1, v.s).count;  // of a run
+    const int64_t all = v.n * v.c * chunks, share = std::max<int64_t>(1, all / (8 * num_threads()));
+    parallel_for((all + share - 1) / share, bytes, [&](int64_t item) {
         write([&](auto f) {
-            const int64_t begin = item * share, run = begin / blocks.count;
-            int64_t n = run / v.c, c = run % v.c, block = begin % blocks.count;
-            for (int64_t left = std::min(share, items - begin); left > 0; --left) {
-                blocks.visit(block, [&](int64_t, int64_t first, int64_t length) { f(n, c, first, length); });
-                if (++block < blocks.count) continue;
-                block = 0;
+            const int64_t end = std::min(all, (item + 1) * share), run = item * share / chunks;
+            int64_t n = run / v.c, c = run % v.c;
+            for (int64_t chunk = item * share, start = run * chunks; chunk < end; start += chunks) {
+                const int64_t past = std::min(end, start + chunks), first = (chunk - start) * chunk_size;
+                f(n, c, first, std::min(v.s, (past - start) * chunk_size) - first);
+                chunk = past;
                 if (++c == v.c) c = 0, ++n;
             }
         });
@@ -148,14 +152,14 @@ struct Next {
         if (bytes_each <= largest_with_another) return {sets, false};
         return {0, bytes_each >= smallest_that_leaves};
     }
-    // without what of another set has been fetched already
-    Next unless(bool fetched) const { return {fetched ? 0 : sets, follows}; }
+    // what follows, and another set only where that is fetched so early
+    Next only_if(bool early) const { return {early ? sets : 0, follows}; }
 
     // How many elements it lies behind what is written, or 0. to(sets) is the distance to another set; what follows
     // in short runs is another set's.
     template <class T, class To>
     int64_t distance(int64_t run_size, To to) const {
-        return sets ? to(sets) : follows && run_size >= 4 * elements_ahead<T> ? elements_ahead<T> : 0;
+        return sets ? to(sets) : follows && run_size >= 4 * elements_ahead<T> ? elements_far_ahead<T> : 0;
     }
 };
 
@@ -176,6 +180,8 @@ inline int64_t bundle_of(int64_t bytes_each) {
 // one is a locked instruction, which waits for all that has been streamed: 1.02 of it; and of 1 MB, which the threads'
 // own caches hold, what is fetched is often the other's: 1.1 to 1.25.
 inline bool are_items_small(int64_t bytes) { return bytes > (int64_t(4) << 20) && !exceeds_cache(bytes); }
+// Up to which of all sets those that come next are fetched, in an item that ends before `end`.
+inline int64_t end_of_fetched(int64_t bytes, int64_t end, int64_t sets) { return are_items_small(bytes) ? sets : end; }
 
 // How many sets, one after the other, are an item for a thread; where there are many not less than a bundle.
 inline int64_t sets_per_item(int64_t sets, int64_t bundle, int64_t bytes) {
@@ -198,7 +204,7 @@ inline void over_sets(int64_t sets, MemoryOrder order, int64_t parts, int64_t by
         const int64_t bundle = bundle_of(bytes_each);
         const int64_t group = sets_per_item(sets, bundle, bytes);
         parallel_for((sets + group - 1) / group, bytes, [&](int64_t item) {
-            const int64_t end = std::min(sets, (item + 1) * group), fetched = are_items_small(bytes) ? sets : end;
+            const int64_t end = std::min(sets, (item + 1) * group), fetched = end_of_fetched(bytes, end, sets);
             Sum sums[most_in_bundle];
             for (int64_t first = item * group; first < end; first += bundle) {
                 const int64_t number = std::min(bundle, end - first);

@@ -96,12 +96,11 @@ template <class T, class E, bool centered>
     const E *weight = affine.weight.data() + column, *bias = affine.bias.data() + column;
     const Mean<E> mean(mean_of(call.mean, row));
     const Pack<E> pivot(mean.rounded), rstd(E(call.rstd[row])), shift(E(mean.constant(call.rstd[row], 0)));
-    write_run(y, length, call.streaming, ahead ? x + ahead : nullptr,
-              [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
-                  if constexpr (!centered) return load<E>(x + j, count) * rstd * load<E>(weight + j, count);
-                  const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
-                  return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
-              });
+    write_run(y, length, call.streaming, x, ahead, [=](int64_t j, auto count, auto) __attribute__((always_inline)) {
+        if constexpr (!centered) return load<E>(x + j, count) * rstd * load<E>(weight + j, count);
+        const Pack<E> x_hat = fma(load<E>(x + j, count) - pivot, rstd, shift);
+        return fma(x_hat, load<E>(weight + j, count), load<E>(bias + j, count));
+    });
 }
 
 // Rows that are reduced one after the other before the first of them is written.
@@ -171,7 +170,7 @@ void forward_elements(const RowNormForward& call) {
     const bool early = is_fetched_early(bytes / 2, bytes / 2, !call.streaming);
     parallel_for((rows.count() + share - 1) / share, bytes, [&](int64_t item) {
         const int64_t end = std::min(rows.count(), (item + 1) * share),
-                      fetched = are_items_small(bytes) ? rows.count() : end;
+                      fetched = end_of_fetched(bytes, end, rows.count());
         for (int64_t row = item * share; row < end; row += bundle) {
             const int64_t number = std::min(bundle, end - row);
             // the sums of a row wait for its pivot; those of all can be found meanwhile

@@ -24,7 +24,7 @@ template <class T, class E>
         const double of_x = call.rstd[row] * call.weight.value_or(first + run, 1);
         const Pack<E> scale{E(of_x)}, shift(E(mean.constant(of_x, call.bias.value_or(first + run, 0))));
         write_run(
-            row_y + run * call.y.channel + i, length, call.streaming, ahead ? x + ahead : nullptr,
+            row_y + run * call.y.channel + i, length, call.streaming, x, ahead,
             InAnyOrder{[=](int64_t j, auto count, auto) { return fma(load<E>(x + j, count) - pivot, scale, shift); }});
     });
 }
@@ -47,7 +47,7 @@ void forward_planes(const RowNormForward& call) {
         [&](int64_t row, const Moments& moments) { keep_statistics(call, row, moments, [] { return false; }); },
         [&](int64_t row, int64_t part, Next next) {
             computed<E>(tame(row),
-                        [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, next.unless(!early)); });
+                        [&](auto e) { write_planes<T, decltype(e)>(call, blocks, row, part, next.only_if(early)); });
         });
 }
 
@@ -83,7 +83,7 @@ template <class T, class E>
         constant(E(mean.constant(k.of_deviation(), k.constant)));
     blocks.pieces_of(part, [&](int64_t, int64_t i, int64_t length) {
         const T *dy = all_dy + i, *x = all_x + i;
-        write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, ahead.dy ? dy + ahead.dy : nullptr,
+        write_run(call.dx.at<T>(sample, channel) + i, length, call.streaming, dy, ahead.dy,
                   InAnyOrder{[=](int64_t j, auto count, auto) {
                       if constexpr (!std::is_same_v<decltype(count), int64_t>)
                           if (ahead.x) prefetch(x + ahead.x + j);
@@ -115,7 +115,7 @@ void backward_planes(const RowNormBackward& call) {
                 return start_of<const T>(rows, tensor, row + sets) - start_of<const T>(rows, tensor, row);
             });
         };
-        return {distance(next, call.dy), distance(next.unless(!early), call.x)};
+        return {distance(next, call.dy), distance(next.only_if(early), call.x)};
     };
     const int64_t bytes_each = bytes / std::max<int64_t>(1, rows.count());
     if (threads == 1 || rows.count() >= 4 * threads || rows.channels * parts == 1) {
@@ -123,7 +123,7 @@ void backward_planes(const RowNormBackward& call) {
         const int64_t group = sets_per_item(rows.count(), bundle, bytes);
         parallel_for((rows.count() + group - 1) / group, bytes, [&](int64_t item) {
             const int64_t end = std::min(rows.count(), (item + 1) * group),
-                          fetched = are_items_small(bytes) ? rows.count() : end;
+                          fetched = end_of_fetched(bytes, end, rows.count());
             for (int64_t first = item * group; first < end; first += bundle) {
                 const int64_t last = std::min(end, first + bundle);
                 // f(sample, channel, part) for those of a row

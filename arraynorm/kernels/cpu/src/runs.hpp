@@ -108,8 +108,9 @@ public:
             }
         };
         int64_t i = 0;
+        const bool is_long = n >= chunk_size;
         for (; i + group_size * lanes <= n; i += group_size * lanes) {
-            (fetch(further_on(streams + i)), ...);
+            (fetch(streams + i + (is_long ? elements_far_ahead<T> : elements_ahead<T>)), ...);
             two(i, [&](const auto& first, const auto& second) __attribute__((always_inline)) {
                 Partial even(first), odd(second);
                 for (int k = 2; k < group_size; k += 2)
@@ -310,26 +311,26 @@ inline int64_t to_line(const T* p) {
 }
 
 // y[i] = value(i, count, streams) for i in [0, n). `streaming` is around the cache: where input and output exceed it,
-// for then a cached store reads what it replaces; `streams` tells whether these elements are. `ahead`, which may be
-// null, is what this thread most likely reads next: as many bytes of it are fetched while the stores of this run keep
-// the memory busy.
+// for then a cached store reads what it replaces; `streams` tells whether these elements are. What this thread most
+// likely reads next lies `ahead` elements behind x, or nowhere if that is 0: as many of it are fetched while the stores
+// of this run keep the memory busy.
 template <class T, class Value>
-[[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const void* ahead, Value value) {
+[[gnu::always_inline]] inline void write_run(T* y, int64_t n, bool streaming, const T* x, int64_t ahead, Value value) {
     constexpr int64_t line = 64 / sizeof(T);
     constexpr std::true_type streams;
     constexpr std::false_type stays;
-    const char* next = static_cast<const char*>(ahead);
+    const T* next = ahead ? x + ahead : nullptr;
     int64_t i = 0;
     auto write_line = [&](auto way) __attribute__((always_inline)) {
         if constexpr (line == lanes) {  // of double
             way.value ? stream(y + i, value(i, Full{}, way)) : store(y + i, value(i, Full{}, way));
         } else {
-            for (int64_t k = i; k < i + line; k += 2 * lanes)
+            for (int64_t k = 0; k < line; k += 2 * lanes)
                 if constexpr (has_pairs<T> && is_in_any_order<Value>) {
-                    put(y + k, value(k, Two{}, way), way);
+                    put(y + i + k, value(i + k, Two{}, way), way);
                 } else {
-                    const auto first = value(k, Full{}, way), second = value(k + lanes, Full{}, way);
-                    put(y + k, first, second, way);
+                    const auto first = value(i + k, Full{}, way), second = value(i + k + lanes, Full{}, way);
+                    put(y + i + k, first, second, way);
                 }
         }
     };
@@ -344,14 +345,14 @@ template <class T, class Value>
     if (streaming && is_long) {
         write_part(to_line(y), streams);
         for (; i + line <= n; i += line) {
-            if (next) prefetch(next + i * sizeof(T));
+            if (next) prefetch(next + i);
             write_line(streams);
         }
         return write_part(n, streams);
     }
     if (is_long) write_part(to_line(y), stays);
     for (; i + line <= n; i += line) {
-        if (next) prefetch(next + i * sizeof(T));
+        if (next) prefetch(next + i);
         prefetch_to_write(further_on(y + i));
         write_line(stays);
     }
