@@ -17,6 +17,9 @@ SAMPLE = 200e-6  # seconds: a shorter call is repeated within its sample, far ab
 # before it sleeps: 1 ms on an EPYC, 4 to 7 ms on a Xeon, whose pauses are longer. Until then it holds the core that a
 # call on two threads would have: with 2 ms, calls that came after another library's took up to 1.8 times as long there.
 SETTLE = 10e-3
+# And calls at least: a last-level cache that can hold what a call reads holds it after some of them only. On a Xeon,
+# batch norm of 33 MB took 5.3 ms after an array of 400 MB had been written, and then 4.9, 4.2, 3.7, 3.3, 3.2 and 3.2.
+SETTLE_CALLS = 6
 LONG = 200e-3  # seconds: a call of that length is not disturbed by what was before, and has no untimed calls
 LEAST_TURNS = 5
 MOST_TURNS = 101
@@ -65,7 +68,7 @@ def interleave(
     """Time all calls in about `budget` seconds, an equal share for each; a slow one sits out most turns.
 
     The subject takes part in every turn. Each call is warmed up before the first turn and, unless it is long, before
-    each sample: so it is timed with the cache and the memory as its own last call left them, and after threads that
+    each sample: so it is timed with the caches and the memory as its own last calls left them, and after threads that
     another competitor's library keeps spinning have gone to sleep. One call alone follows nothing but itself.
     """
     share = budget / len(calls)
@@ -102,7 +105,7 @@ def _estimate(call: Call, share: float) -> float:
 
 def _turns(estimate: float, repeats: int, share: float, least: int) -> int:
     """How many samples, and the untimed calls before them, fit into the share."""
-    untimed = max(estimate, SETTLE) if estimate < LONG else 0
+    untimed = max(SETTLE_CALLS * estimate, SETTLE) if estimate < LONG else 0
     return min(MOST_TURNS, max(least, int(share / (estimate * repeats + untimed))))
 
 
@@ -113,9 +116,10 @@ def _takes_part(turn: int, turns: int, total: int) -> bool:
 
 def _settle(call: Call) -> None:
     end = time.perf_counter() + SETTLE
-    call()
-    while time.perf_counter() < end:
+    calls = 0
+    while calls < SETTLE_CALLS or time.perf_counter() < end:
         call()
+        calls += 1
 
 
 def _sample(call: Call, repeats: int) -> float:

@@ -262,8 +262,8 @@ def test_calls_share_the_budget_and_a_slow_one_sits_out_most_turns(bench: Any, m
     monkeypatch.setattr(timing, "time", clock)
     calls = {"ours": clock.call(0.010), "slow": clock.call(0.200), "tiny": clock.call(3e-6)}
     found = timing.interleave(calls, "ours", budget=6.0).summary()
-    # A share is 2 s: 100 samples of 10 ms, each after as long an untimed call; 10 of 200 ms, without.
-    assert [found[name]["turns"] for name in calls] == [100, 10, 100]
+    # A share is 2 s: 28 samples of 10 ms, each after six untimed calls; 10 of 200 ms, without.
+    assert [found[name]["turns"] for name in calls] == [28, 10, 28]
     assert clock.now <= 6.0
     assert found["tiny"]["repeats"] == 67  # of 3 us, for 200 us
     for name, seconds in (("ours", 0.010), ("slow", 0.200), ("tiny", 3e-6)):
