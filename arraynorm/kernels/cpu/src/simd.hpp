@@ -663,8 +663,7 @@ inline constexpr bool is_in_any_order<InAnyOrder<F>> = true;
 
 // What a loop that reads on from p comes to some 30 cache lines later. One that computes as it reads is otherwise held
 // up by memory: the hardware's own prefetching stops at every page of 4 KiB. Where what follows is read as well, as in
-// long runs, half as far again takes 0.93 to 1.0 of the time; in runs of some KiB it is for nothing, and took up
-// to 1.1.
+// long runs, half as far again takes 0.93 to 1.0 of the time; in runs of some KiB it is for nothing: up to 1.1.
 inline constexpr int64_t bytes_ahead = 2048, bytes_far_ahead = 3072;
 template <class T>
 inline constexpr int64_t elements_ahead = bytes_ahead / int64_t(sizeof(T));
