@@ -34,6 +34,7 @@ VOLUMES = {
     "sums sample by sample, whole pages apart": (65, 512, 64),
     "sums sample by sample, of large channels": (513, 2, 1027),
     "small planes, by tiles": (129, 43, 49),
+    "small planes of few samples, given statistics by tiles but for eight threads": (17, 467, 13),
     "two-dimensional, by tiles": (301, 515),
     "two-dimensional, by rows": (9001, 117),
     "two-dimensional, by rows, of whole bytes of the mask": (4100, 256),
