@@ -12,6 +12,7 @@
 #include "calls.hpp"
 #include "parallel.hpp"
 #include "runs.hpp"
+#include "scratch.hpp"
 
 namespace arraynorm::ARRAYNORM_ISA {
 
@@ -120,8 +121,8 @@ inline constexpr int line_packs = std::max<int>(1, 64 / int(sizeof(T)) / lanes);
 
 // A value per channel for each of the tile's columns.
 template <class E>
-inline std::vector<E> by_columns(const Tile& tile, const double* of_channels) {
-    std::vector<E> columns(tile.width());
+inline Scratch<E> by_columns(const Tile& tile, const double* of_channels) {
+    Scratch<E> columns(tile.width());
     E* to = columns.data();
     if (tile.s == 1)
         for (int64_t c = 0; c < tile.channels; ++c) *to++ = E(of_channels[c]);
@@ -139,8 +140,8 @@ public:
     template <class T = char>
     explicit ColumnSums(const Tile& tile, RowsOf<T> results = {})
         : tile_(tile),
-          first_(tile.width()),
-          second_(tile.width()),
+          first_(tile.width(), 0.0),
+          second_(tile.width(), 0.0),
           results_(reinterpret_cast<const char*>(results.start)),
           bytes_to_row_(results.distance * int64_t(sizeof(T))) {}
 
@@ -207,7 +208,7 @@ private:
     }
 
     Tile tile_;
-    std::vector<double> first_, second_;
+    Scratch<double> first_, second_;
     const char* results_;
     int64_t bytes_to_row_;
 };
@@ -244,7 +245,7 @@ inline void find_pivots(RowsOf<const T> x, const Tile& tile, double* pivots) {
 template <class E, class T>
 [[gnu::flatten]] void add_deviations(RowsOf<const T> x, const Tile& tile, const double* centers, Sums* total,
                                      RowsOf<T> results = {}) {
-    const std::vector<E> of_columns = by_columns<E>(tile, centers);
+    const Scratch<E> of_columns = by_columns<E>(tile, centers);
     const E* k = of_columns.data();
     ColumnSums sums(tile, results);
     sums.add<E>(
@@ -269,7 +270,7 @@ struct Ungated {
 template <class E, class T, class Gate>
 [[gnu::flatten]] void add_products(RowsOf<const T> dy, RowsOf<const T> x, const Tile& tile, const double* means,
                                    Gate gate, Sums* total) {
-    const std::vector<E> of_columns = by_columns<E>(tile, means);
+    const Scratch<E> of_columns = by_columns<E>(tile, means);
     const E* k = of_columns.data();
     ColumnSums sums(tile);
     sums.add<E>(
@@ -386,7 +387,9 @@ class ColumnValues {
 public:
     using Element = E;
     explicit ColumnValues(int64_t width)
-        : width_((width + 4 * lanes - 1) / (4 * lanes) * 4 * lanes), values_(number * width_) {}
+        : width_((width + 4 * lanes - 1) / (4 * lanes) * 4 * lanes), values_(number * width_) {
+        for (size_t v = 0; v < number; ++v) std::fill_n(values_.data() + v * width_ + width, width_ - width, E(0));
+    }
     // Of `some` columns from j on.
     void set(int64_t j, int64_t some, const std::array<double, number>& values) {
         for (size_t v = 0; v < number; ++v) {
@@ -410,7 +413,7 @@ public:
 
 private:
     int64_t width_;
-    std::vector<E> values_;
+    Scratch<E> values_;
 };
 
 // The values of the tile's columns, of(E{}, channel) for each; and whether E will do for all of the channels.

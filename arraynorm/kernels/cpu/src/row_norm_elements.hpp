@@ -43,7 +43,7 @@ private:
         tame_ = !wild;
     }
 
-    std::vector<E> own_;
+    Scratch<E> own_;
     const E* data_;
     bool tame_ = true;
 };

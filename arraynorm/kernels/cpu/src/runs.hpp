@@ -334,30 +334,32 @@ template <class T, class Value>
                 }
         }
     };
-    auto write_part = [&](int64_t end, auto way) __attribute__((always_inline)) {
-        while (i < end) {
-            const int64_t count = std::min<int64_t>(lanes, end - i);
-            way.value ? stream(y + i, value(i, count, way), count) : store(y + i, value(i, count, way), count);
-            i += count;
-        }
+    auto write_some = [&](int64_t count, auto way) __attribute__((always_inline)) {
+        if (count == 0) return;
+        way.value ? stream(y + i, value(i, count, way), count) : store(y + i, value(i, count, way), count);
+        i += count;
+    };
+    auto write_packs = [&](int64_t end, auto way) __attribute__((always_inline)) {
+        for (; i + lanes <= end; i += lanes)
+            way.value ? stream(y + i, value(i, Full{}, way)) : store(y + i, value(i, Full{}, way));
     };
     const bool is_long = n >= 4 * line;
     if (streaming && is_long) {
-        write_part(to_line(y), streams);
+        write_some(to_line(y) % lanes, streams), write_packs(to_line(y), streams);
         for (; i + line <= n; i += line) {
             if (next) prefetch(next + i);
             write_line(streams);
         }
-        return write_part(n, streams);
+        write_packs(n, streams), write_some(n - i, streams);
+        return;
     }
-    if (is_long) write_part(to_line(y), stays);
+    if (is_long) write_some(to_line(y) % lanes, stays), write_packs(to_line(y), stays);
     for (; i + line <= n; i += line) {
         if (next) prefetch(next + i);
         prefetch_to_write(further_on(y + i));
         write_line(stays);
     }
-    for (; i + lanes <= n; i += lanes) store(y + i, value(i, Full{}, stays));
-    write_part(n, stays);
+    write_packs(n, stays), write_some(n - i, stays);
 }
 
 }  // namespace arraynorm::ARRAYNORM_ISA
