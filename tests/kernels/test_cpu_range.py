@@ -89,6 +89,29 @@ def test_a_row_beyond_the_range_changes_no_bit_of_the_others():
     assert np.delete(other, 3, axis=0).tobytes() == np.delete(dx, 3, axis=0).tobytes()
 
 
+@pytest.mark.parametrize("rows", [[3], [0, 7], [5, 6, 7, 8], [15, 17]], ids=str)
+@pytest.mark.parametrize("factor", [1e25, 1e-30, 0])
+@pytest.mark.parametrize("width", [64, 512, 4096])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_gradients_of_rows_beyond_the_range_are_added_up_once_with_those_of_the_others(
+    norm: str, width: int, factor: float, rows: list[int]
+):
+    """Also where dx takes the place of dy: rows may be looked at again when the first have been written."""
+    x, dy = (RNG.standard_normal((20, width)).astype(np.float32) for _ in range(2))
+    dy[rows] *= np.float32(factor)
+    weight, bias = np.ones(width, np.float32), np.zeros(width, np.float32)
+    _, cache = NORMS[norm](x, weight=weight, **({"bias": bias} if norm == "layer_norm" else {}))
+    backward = getattr(an, f"{norm}_backward")
+    with only("reference"):
+        expected = backward(dy, cache)
+    found = backward(dy, cache)
+    for name, value in expected._asdict().items():
+        error, size = (np.abs(v, dtype=np.float64) for v in (getattr(found, name) - value, value))
+        assert (error <= C * EPS32 * np.max(size, axis=-1, keepdims=True)).all(), name
+    in_place = backward(dy, cache, out=dy)
+    assert [v.tobytes() for v in in_place] == [v.tobytes() for v in found]
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("shape", [(4, 0), (20, 0), (0, 4)], ids=str)
 @each_dtype

@@ -56,7 +56,7 @@ inline std::array<Pack<E>, number> packs_of(const std::array<double, number>& va
 
 // y = (x - v[0]) * v[1] + v[2]
 template <class E>
-inline std::array<double, 3> forward_coefficients(const BatchNormForward& call, int64_t c) {
+inline std::array<double, 3> coefficients(const BatchNormForward& call, int64_t c) {
     const Mean<E> mean(call.mean[c]);
     const double scale = forward_scale(call, c);
     return {double(mean.rounded), scale, mean.constant(scale, call.bias.value_or(c, 0))};
@@ -68,7 +68,7 @@ template <class Elements, class E>
 
 // dx = g * v[1] + (x - v[0]) * v[2] + v[3], or g * v[1] alone
 template <class E>
-inline std::array<double, 4> backward_coefficients(const BatchNormBackward& call, int64_t c) {
+inline std::array<double, 4> coefficients(const BatchNormBackward& call, int64_t c) {
     const BackwardCoefficients k = backward_coefficients(call, c);
     const Mean<E> mean(call.mean_dy ? call.mean[c] : 0);
     return {double(mean.rounded), k.of_dy, k.of_deviation, mean.constant(k.of_deviation, k.constant)};
@@ -99,15 +99,10 @@ struct Map {
     std::array<double, number> coefficients;
     bool tame;
 };
-template <class E>
-inline Map<3> map_of(const BatchNormForward& call, int64_t c) {
+template <class E, class Call>
+inline auto map_of(const Call& call, int64_t c) {
     const bool tame = is_tame<E>(call, c);
-    return {tame ? forward_coefficients<E>(call, c) : forward_coefficients<double>(call, c), tame};
-}
-template <class E>
-inline Map<4> map_of(const BatchNormBackward& call, int64_t c) {
-    const bool tame = is_tame<E>(call, c);
-    return {tame ? backward_coefficients<E>(call, c) : backward_coefficients<double>(call, c), tame};
+    return Map{tame ? coefficients<E>(call, c) : coefficients<double>(call, c), tame};
 }
 // Those of all channels side by side, for a walk from one channel's run to the next one's: read at each from the
 // call's own arrays instead, they took up to 1.1 of the time (see over_runs).

@@ -178,7 +178,7 @@ void forward_columns(const BatchNormForward& call) {
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, int64_t c) { return forward_coefficients<decltype(e)>(call, c); },
+                [&](auto e, int64_t c) { return coefficients<decltype(e)>(call, c); },
                 [&](const Tile& rows, const auto& values) { write_forward<T>(call, rows, values); }, body);
         });
 }
@@ -240,7 +240,7 @@ void backward_columns(const BatchNormBackward& call) {
         [&](const Tile& tile, auto body) {
             with_values<E>(
                 tile, [&](int64_t c) { return is_tame<E>(call, c); },
-                [&](auto e, int64_t c) { return backward_coefficients<decltype(e)>(call, c); },
+                [&](auto e, int64_t c) { return coefficients<decltype(e)>(call, c); },
                 [&](const Tile& rows, const auto& values) { write_backward<T, Mask>(call, rows, values); }, body);
         });
 }

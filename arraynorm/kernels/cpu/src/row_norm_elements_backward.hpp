@@ -225,6 +225,15 @@ struct ElementsBackward {
         });
     }
 
+    // How many of `number` rows are looked at before the first of them is written.
+    int64_t looked_at_together(int64_t number, int64_t width) const {
+        // Those that may be looked at once more must still be what they were.
+        if (call.dx.data == call.dy.data || call.dx.data == call.x.data) return number;
+        if (!share_lines()) return 1;
+        // What is streamed of a line that two short rows share is to be streamed at once: 0.8 to 0.95 of the time.
+        return std::max<int64_t>(1, std::bit_floor(uint64_t(6144 / std::max<int64_t>(1, width * sizeof(T)))));
+    }
+
     // The elements [first, first + width) of `number` rows; coefficients_of(r, sums) is told a row's sums over them.
     // Those of the gradients are `carried` from row to row in E. Rows for which that will not do add theirs to the
     // totals; where that comes to light with a row's coefficients, the others' are added up once more.
@@ -252,9 +261,7 @@ struct ElementsBackward {
             (this->*way)(sample + r, group, first, width, k[r]);
         };
         carried.assign(2 * width, E(0));
-        // What is streamed of a line that two short rows share is to be streamed at once: 0.8 to 0.95 of the time.
-        const int64_t some = 6144 / std::max<int64_t>(1, width * sizeof(T));
-        const int64_t together = share_lines() ? std::max<int64_t>(1, std::bit_floor(uint64_t(some))) : 1;
+        const int64_t together = looked_at_together(number, width);
         for (int64_t r = 0; r < number; r += together) {
             const int64_t end = std::min(number, r + together);
             for (int64_t i = r; i < end; ++i) look(i);
@@ -277,14 +284,14 @@ struct ElementsBackward {
     }
 
     // Whether whole rows are best taken one by one, each while the first-level cache holds it. Together they are read
-    // again from the second level, but the gradients' sums stay in registers. That is worth more where the work is more
-    // than the memory: one by one, short rows take up to 1.3 of the time, and those of 16 bits 1.1 to 1.25 unless they
-    // are streamed; the others 0.8 to 0.95, as long as the row, the weights and the sums have room.
+    // again from the second level, but the gradients' sums stay in registers. One by one, float32 takes 0.8 to 0.95 of
+    // the time, as long as the row, the weights and the sums have room; short rows up to 1.3. So do the other formats,
+    // of which 16 bits have more to compute, and float64 has twice the sums, unless results are streamed: 0.9 to 1.0.
     bool are_best_one_by_one() const {
         if (are_apart()) return true;
         const int64_t width = rows.channels, least = centered ? 320 : 160;
         const int64_t bytes = width * int64_t(3 * sizeof(T) + (centered ? 3 : 2) * sizeof(E));
-        return (sizeof(T) > 2 || call.streaming) && width >= least && bytes <= 40 * 1024;
+        return width >= least && bytes <= (std::is_same_v<T, float> ? 40 * 1024 : call.streaming ? 24 * 1024 : 0);
     }
 
     // -- all rows

@@ -16,7 +16,7 @@ struct bfloat16 {
 
 enum class DType { float16, bfloat16, float32, float64 };
 
-// NaN for NaN, without what its lower bits say: see rounded_above in simd.hpp.
+// NaN for NaN, without what its lower bits say: see rounded_above in simd_formats.hpp.
 inline double quiet(double value) { return value == value ? value : std::numeric_limits<double>::quiet_NaN(); }
 
 inline float as_float(uint32_t bits) {
