@@ -91,16 +91,20 @@ tsan: .venv/tsan/installed
 	    kernels/test_cpu_memory.py -k '(threads or every_run or another_thread) and not (fork or baseline or float64)'
 
 # Not optimized, and with calls for the checks: GCC does not come to an end with loops that are inlined by force and
-# checked at every load, not within five minutes for one file.
+# checked at every load, not within five minutes for one file. Settings have their long name: pip knows -C since 23.1, and
+# Debian 12 has 23.0.
 .venv/asan/installed: SANITIZERS = address,undefined
 .venv/asan/installed: SANITIZED_FLAGS = -O0 -g1 --param asan-instrumentation-with-call-threshold=0
 .venv/tsan/installed: SANITIZERS = thread
 .venv/tsan/installed: SANITIZED_FLAGS = -O1 -g1 -fno-var-tracking
+.venv/asan/installed .venv/tsan/installed: SETTING = --config-settings=
 .venv/asan/installed .venv/tsan/installed: $(SOURCES)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	rm -rf $(@D)/wheel
-	$(@D)/bin/python $(PIP) wheel --no-deps --wheel-dir $(@D)/wheel -C cmake.define.ARRAYNORM_SANITIZE=$(SANITIZERS) \
-	    "-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE=$(SANITIZED_FLAGS)" -C install.strip=false -C build-dir=$(@D)/build .
+	$(@D)/bin/python $(PIP) wheel --no-deps --wheel-dir $(@D)/wheel \
+	    $(SETTING)cmake.define.ARRAYNORM_SANITIZE=$(SANITIZERS) \
+	    "$(SETTING)cmake.define.CMAKE_CXX_FLAGS_RELEASE=$(SANITIZED_FLAGS)" \
+	    $(SETTING)install.strip=false $(SETTING)build-dir=$(@D)/build .
 	$(@D)/bin/python $(PIP) install --force-reinstall --no-deps $(@D)/wheel/*.whl
 	$(@D)/bin/python $(PIP) install "$$(echo $(@D)/wheel/*.whl)[test]"
 	touch $@
